@@ -1,0 +1,364 @@
+"""The 3D U-Net of Video Diffusion Models (Ho et al. 2022, arXiv 2204.03458) with an exchangeable temporal layer:
+bidirectional S4D (arXiv 2403.07711), attention, linear attention, or none.
+
+    net = UNet3D(UNetConfig(temporal="ssm"))
+    eps = net(torch.randn(2, 3, 16, 32, 32), torch.tensor([0, 255]))     # (b, c, f, h, w), (b,) -> (b, c, f, h, w)
+
+Needs torch, einops and s4d.py.
+
+Glossary: b batch, c channels, f frames, h, w height and width, t diffusion step, x the noised video, ε its noise.
+A spatial layer treats every frame alone, a temporal layer every position (h, w) alone. `python model.py` prints the
+parameter counts at the paper's width.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from torch.utils.checkpoint import checkpoint
+
+from s4d import LayerNorm, TemporalSSM
+
+TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "none")
+SPATIAL_HEAD_DIM = 32
+
+
+@dataclass
+class UNetConfig:
+    """Every architecture setting. The defaults are those of the paper's Table 5."""
+    temporal: str = "ssm"               # one of TEMPORAL_LAYERS
+    video_channels: int = 3
+    base_channels: int = 64
+    channel_mults: tuple = (1, 2, 4, 8)  # width of each level, in base channels
+    time_dim: int = 1024                # width of the time embedding
+    heads: int = 8                      # of every attention, spatial ones (32 wide per head) included
+    head_dim: int = 64                  # of temporal attention
+    state_size: int = 512               # N of each SSM
+    mlp_dim: int = 512                  # hidden width of the temporal SSM layer's MLP
+    mlp_layers: int = 2
+    mlp_position: str = "post"
+    bidirectional: bool = True
+    skip: str = "input"                 # of the temporal SSM layer: its input, or the normalised input ("norm")
+
+
+def make_temporal_layer(config, channels):
+    """The temporal layer that config.temporal names, for `channels` channels: (b, c, f, h, w) -> the same.
+
+    Raises ValueError for an unknown name.
+    """
+    if config.temporal == "ssm":
+        return TemporalSSM(channels, config.state_size, config.mlp_dim, config.mlp_layers, config.mlp_position,
+                           config.bidirectional, config.skip)
+    if config.temporal == "attention":
+        return TemporalAttention(channels, config.heads, config.head_dim)
+    if config.temporal == "linear-attention":
+        return TemporalLinearAttention(channels, config.heads, config.head_dim)
+    if config.temporal == "none":
+        return nn.Identity()
+    raise ValueError(f"temporal layer is {config.temporal!r}; expected one of {', '.join(TEMPORAL_LAYERS)}")
+
+
+# ---------------------------------------------------------------------------------------- temporal layers
+
+
+def rotary_frequencies(head_dim, theta=10_000, rotary_dim=32):
+    """-> (rotary_dim / 2,) angular frequencies per frame; only the first `rotary_dim` features are rotated."""
+    rotary_dim = min(rotary_dim, head_dim)
+    return theta ** (-torch.arange(0, rotary_dim, 2).float() / rotary_dim)
+
+
+def rotary_embedding(x, freqs):
+    """Rotary position embedding (Su et al. 2021) of x (..., f, d): the first 2·len(freqs) features in adjacent pairs."""
+    angle = torch.outer(torch.arange(x.shape[-2], device=x.device).float(), freqs)          # f rotary_dim/2
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    rotary_dim = 2 * len(freqs)
+    even, odd = x[..., 0:rotary_dim:2], x[..., 1:rotary_dim:2]
+    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+    return torch.cat([rotated, x[..., rotary_dim:]], -1)
+
+
+class RelativePositionBias(nn.Module):
+    """T5's bidirectional relative position bias (Raffel et al. 2020): one learned number per bucket and head.
+
+    Half of the buckets are for the past, half for the future; distances up to 8 have a bucket each, larger ones share
+    logarithmically wider buckets, and all from `max_distance` on share the last.
+    """
+
+    def __init__(self, heads, buckets=32, max_distance=32):
+        super().__init__()
+        self.max_distance = max_distance
+        self.table = nn.Embedding(buckets, heads)
+
+    def forward(self, f):
+        """-> bias (heads, f, f), added to the attention logits of query frame i and key frame j."""
+        buckets = self.table.num_embeddings // 2
+        exact = buckets // 2
+        position = torch.arange(f, device=self.table.weight.device)
+        offset = position[None, :] - position[:, None]                                      # j - i
+        distance = offset.abs()
+        far = exact + (torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
+                       * (buckets - exact)).long()
+        bucket = torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+        return rearrange(self.table(bucket + buckets * (offset > 0)), "i j heads -> heads i j")
+
+
+class TemporalAttention(nn.Module):
+    """Attention over the frames at each position, as in VDM: pre-norm, residual, rotary, relative bias, no biases."""
+
+    def __init__(self, channels, heads, head_dim):
+        super().__init__()
+        self.heads = heads
+        self.norm = LayerNorm(channels)
+        self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, channels, bias=False)
+        self.register_buffer("rotary_freqs", rotary_frequencies(head_dim), persistent=False)
+
+    def forward(self, x, bias):
+        """x: (b, c, f, h, w), bias: (heads, f, f) -> (b, c, f, h, w)."""
+        return x + self.mix(self.norm(x), bias)
+
+    def mix(self, x, bias):
+        h, w = x.shape[-2:]
+        x = rearrange(x, "b c f h w -> (b h w) f c")
+        q, k, v = rearrange(self.to_qkv(x), "p f (three heads d) -> three p heads f d", three=3, heads=self.heads)
+        q, k = rotary_embedding(q, self.rotary_freqs), rotary_embedding(k, self.rotary_freqs)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))           # p heads f d
+        out = self.to_out(rearrange(out, "p heads f d -> p f (heads d)"))
+        return rearrange(out, "(b h w) f c -> b c f h w", h=h, w=w)
+
+
+class TemporalLinearAttention(nn.Module):
+    """Attention over the frames whose cost is linear in them: softmax of q over features, of k over frames."""
+
+    def __init__(self, channels, heads, head_dim):
+        super().__init__()
+        self.heads = heads
+        self.norm = LayerNorm(channels)
+        self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, channels, bias=False)
+        self.register_buffer("rotary_freqs", rotary_frequencies(head_dim), persistent=False)
+
+    def forward(self, x):
+        """x: (b, c, f, h, w) -> (b, c, f, h, w)."""
+        return x + self.mix(self.norm(x))
+
+    def mix(self, x):
+        h, w = x.shape[-2:]
+        x = rearrange(x, "b c f h w -> (b h w) f c")
+        q, k, v = rearrange(self.to_qkv(x), "p f (three heads d) -> three p heads f d", three=3, heads=self.heads)
+        q, k = rotary_embedding(q, self.rotary_freqs), rotary_embedding(k, self.rotary_freqs)
+        q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
+        k = k.softmax(dim=-2)
+        context = torch.einsum("pnfd,pnfe->pnde", k, v)                                     # p heads d e
+        out = torch.einsum("pnde,pnfd->pnfe", context, q)                                   # p heads f e
+        out = self.to_out(rearrange(out, "p heads f d -> p f (heads d)"))
+        return rearrange(out, "(b h w) f c -> b c f h w", h=h, w=w)
+
+
+# ---------------------------------------------------------------------------------------- spatial layers
+
+
+class Block(nn.Module):
+    """1×3×3 convolution, GroupNorm, scale and shift, SiLU."""
+
+    def __init__(self, c_in, c_out, groups=8):
+        super().__init__()
+        self.conv = nn.Conv3d(c_in, c_out, (1, 3, 3), padding=(0, 1, 1))
+        self.norm = nn.GroupNorm(groups, c_out)
+
+    def forward(self, x, scale_shift=None):
+        x = self.norm(self.conv(x))
+        if scale_shift is not None:
+            scale, shift = scale_shift
+            x = x * (scale + 1) + shift
+        return F.silu(x)
+
+
+class ResNetBlock(nn.Module):
+    """Two `Block`s and a shortcut; the time embedding (b, time_dim), if any, scales and shifts the first."""
+
+    def __init__(self, c_in, c_out, time_dim=None, groups=8):
+        super().__init__()
+        self.to_scale_shift = nn.Linear(time_dim, 2 * c_out) if time_dim else None
+        self.block1 = Block(c_in, c_out, groups)
+        self.block2 = Block(c_out, c_out, groups)
+        self.shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, time_embedding=None):
+        scale_shift = None
+        if self.to_scale_shift is not None:
+            scale_shift = rearrange(self.to_scale_shift(F.silu(time_embedding)), "b c -> b c 1 1 1").chunk(2, dim=1)
+        return self.block2(self.block1(x, scale_shift)) + self.shortcut(x)
+
+
+class SpatialLinearAttention(nn.Module):
+    """Linear attention (Shen et al. 2018) over the positions of each frame, pre-norm, residual."""
+
+    def __init__(self, channels, heads, head_dim=SPATIAL_HEAD_DIM):
+        super().__init__()
+        self.heads = heads
+        self.norm = LayerNorm(channels)
+        self.to_qkv = nn.Conv3d(channels, 3 * heads * head_dim, 1, bias=False)
+        self.to_out = nn.Conv3d(heads * head_dim, channels, 1)
+
+    def forward(self, x):
+        return x + self.mix(self.norm(x))
+
+    def mix(self, x):
+        h, w = x.shape[-2:]
+        q, k, v = rearrange(self.to_qkv(x), "b (three heads d) f h w -> three b f heads d (h w)", three=3,
+                            heads=self.heads)
+        q = q.softmax(dim=-2) * q.shape[-2] ** -0.5
+        k = k.softmax(dim=-1)
+        context = k @ v.mT                                                                  # b f heads d e
+        out = context.mT @ q                                                                # b f heads e (h w)
+        return self.to_out(rearrange(out, "b f heads e (h w) -> b (heads e) f h w", h=h, w=w))
+
+
+class SpatialAttention(nn.Module):
+    """Full attention over the positions of each frame, pre-norm, residual, no biases."""
+
+    def __init__(self, channels, heads, head_dim=SPATIAL_HEAD_DIM):
+        super().__init__()
+        self.heads = heads
+        self.norm = LayerNorm(channels)
+        self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, channels, bias=False)
+
+    def forward(self, x):
+        h, w = x.shape[-2:]
+        tokens = rearrange(self.norm(x), "b c f h w -> b f (h w) c")
+        q, k, v = rearrange(self.to_qkv(tokens), "b f p (three heads d) -> three b f heads p d", three=3,
+                            heads=self.heads)
+        out = F.scaled_dot_product_attention(q, k, v)                                       # b f heads p d
+        out = self.to_out(rearrange(out, "b f heads p d -> b f p (heads d)"))
+        return x + rearrange(out, "b f (h w) c -> b c f h w", h=h, w=w)
+
+
+# ---------------------------------------------------------------------------------------- the network
+
+
+def sinusoidal_embedding(t, dim):
+    """t: (b,) diffusion steps -> (b, dim), sines then cosines of t at dim/2 frequencies from 1 to 1/10,000."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=t.device))
+    angle = t[:, None].float() * freqs
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+class Level(nn.Module):
+    """One resolution of the U-Net: two ResNet blocks, spatial linear attention, temporal layer; then `resample`,
+    which the network calls itself, since the skip connection is taken before it."""
+
+    def __init__(self, config, c_in, c_out, resample):
+        super().__init__()
+        self.res1 = ResNetBlock(c_in, c_out, config.time_dim)
+        self.res2 = ResNetBlock(c_out, c_out, config.time_dim)
+        self.spatial = SpatialLinearAttention(c_out, config.heads)
+        self.temporal = make_temporal_layer(config, c_out)
+        self.resample = resample
+
+    def forward(self, x, time_embedding, temporal_args, run):
+        x = run(self.res1, x, time_embedding)
+        x = run(self.res2, x, time_embedding)
+        x = run(self.spatial, x)
+        return run(self.temporal, x, *temporal_args)
+
+
+class UNet3D(nn.Module):
+    """The denoising network ε_θ(x_t, t).
+
+    config: UNetConfig. grad_checkpoint: recompute every block in the backward pass instead of keeping its activations.
+
+    forward: x (b, c, f, h, w) float, t (b,) int -> (b, c, f, h, w). Any f >= 1; h and w divisible by 2^(levels - 1).
+    Raises ValueError for other shapes.
+    """
+
+    def __init__(self, config, grad_checkpoint=False):
+        super().__init__()
+        self.config, self.grad_checkpoint = config, grad_checkpoint
+        base = config.base_channels
+        widths = [base * m for m in config.channel_mults]
+        pairs = list(zip([base] + widths[:-1], widths))
+        levels = len(pairs)
+
+        self.time_mlp = nn.Sequential(nn.Linear(base, config.time_dim), nn.GELU(),
+                                      nn.Linear(config.time_dim, config.time_dim))
+        # one table for all attention layers, and none elsewhere: a parameter without gradient would stop DDP
+        self.position_bias = RelativePositionBias(config.heads) if config.temporal == "attention" else None
+
+        self.stem = nn.Conv3d(config.video_channels, base, (1, 7, 7), padding=(0, 3, 3))
+        self.stem_temporal = make_temporal_layer(config, base)
+
+        self.down = nn.ModuleList()
+        for i, (c_in, c_out) in enumerate(pairs):
+            last = i == levels - 1
+            resample = nn.Identity() if last else nn.Conv3d(c_out, c_out, (1, 4, 4), (1, 2, 2), (0, 1, 1))
+            self.down.append(Level(config, c_in, c_out, resample))
+
+        self.mid_res1 = ResNetBlock(widths[-1], widths[-1], config.time_dim)
+        self.mid_spatial = SpatialAttention(widths[-1], config.heads)
+        self.mid_temporal = make_temporal_layer(config, widths[-1])
+        self.mid_res2 = ResNetBlock(widths[-1], widths[-1], config.time_dim)
+
+        self.up = nn.ModuleList()
+        for i, (c_out, c_in) in enumerate(reversed(pairs)):
+            last = i == levels - 1
+            resample = nn.Identity() if last else nn.ConvTranspose3d(c_out, c_out, (1, 4, 4), (1, 2, 2), (0, 1, 1))
+            self.up.append(Level(config, 2 * c_in, c_out, resample))
+
+        self.final_res = ResNetBlock(2 * base, base)
+        self.final_conv = nn.Conv3d(base, config.video_channels, 1)
+
+    def forward(self, x, t):
+        self.check_shapes(x, t)
+        run = self.run
+        temporal_args = () if self.position_bias is None else (self.position_bias(x.shape[2]),)
+        time_embedding = self.time_mlp(sinusoidal_embedding(t, self.config.base_channels))  # b time_dim
+
+        x = self.stem(x)                                                                    # b base f h w
+        x = stem = run(self.stem_temporal, x, *temporal_args)
+        skips = []
+        for level in self.down:
+            x = level(x, time_embedding, temporal_args, run)                                # b c f h w
+            skips.append(x)
+            x = level.resample(x)                                                           # b c f h/2 w/2
+
+        x = run(self.mid_res1, x, time_embedding)
+        x = run(self.mid_spatial, x)
+        x = run(self.mid_temporal, x, *temporal_args)
+        x = run(self.mid_res2, x, time_embedding)
+
+        for level in self.up:
+            x = torch.cat([x, skips.pop()], dim=1)                                          # b 2c f h w
+            x = level(x, time_embedding, temporal_args, run)                                # b c/2 f h w
+            x = level.resample(x)                                                           # b c/2 f 2h 2w
+
+        x = run(self.final_res, torch.cat([x, stem], dim=1))                                # b base f h w
+        return self.final_conv(x)                                                           # b video_channels f h w
+
+    def run(self, block, *args):
+        if self.grad_checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+    def check_shapes(self, x, t):
+        channels, factor = self.config.video_channels, 2 ** (len(self.config.channel_mults) - 1)
+        if x.dim() != 5 or x.shape[1] != channels or 0 in x.shape:
+            raise ValueError(f"video has shape {tuple(x.shape)}; expected (batch, {channels}, frames, height, width)")
+        if x.shape[3] % factor or x.shape[4] % factor:
+            raise ValueError(f"video is {x.shape[3]}x{x.shape[4]}; a network of {len(self.config.channel_mults)} levels "
+                             f"needs height and width divisible by {factor}")
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one step per video")
+
+
+def count_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+if __name__ == "__main__":
+    for name in TEMPORAL_LAYERS:
+        print(f"{name:18s} {count_parameters(UNet3D(UNetConfig(temporal=name))) / 1e6:7.2f} M parameters")

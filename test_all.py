@@ -1,0 +1,1138 @@
+"""The tests, on the CPU, without a network: python -m pytest -q test_all.py"""
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+# Processes with several threads each stall one another on a machine with few cores; those that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import diffusion
+import model
+import s4d
+import sample
+import train
+from bench import TextbookTemporalSSM, use_textbook
+from diffusion import Diffusion, sample_generators, training_noise
+from model import UNet3D, UNetConfig
+from s4d import S4D, S4DKernel, TemporalSSM
+
+HERE = Path(__file__).resolve().parent
+REFERENCE = HERE / "assets" / "reference"
+TINY = dict(base_channels=8, channel_mults=(1, 2), time_dim=32, heads=2, head_dim=8, state_size=8, mlp_dim=12)
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def randomise(module):
+    """Parameters that initialisation leaves at 0 or 1 hide mistakes."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return module
+
+
+# ------------------------------------------------------------------------------------------------ the authors' numbers
+
+SSM_NAMES = [("s4d_rev.", "directions.1."), ("s4d.", "directions.0."), ("output_linear.0", "output_linear"),
+             ("fc1", "mlp.0"), ("fc2", "mlp.1")]
+RESNET_NAMES = [("mlp.1", "to_scale_shift"), (".proj", ".conv"), ("res_conv", "shortcut")]
+LEVEL_NAMES = dict(zip("01234", ("res1", "res2", "spatial", "temporal", "resample")))
+
+
+def replace_all(name, pairs):
+    for old, new in pairs:
+        name = name.replace(old, new)
+    return name
+
+
+def load_reference(module, archive, tag="", rename=lambda name: name):
+    """Copy the authors' parameters into `module`; every parameter of it must be given."""
+    prefix = f"{tag}param/"
+    given = {rename(name[len(prefix):]): torch.from_numpy(archive[name]) for name in archive.files
+             if name.startswith(prefix)}
+    module.load_state_dict({name: given[name].reshape(p.shape) for name, p in module.state_dict().items()})
+    return module
+
+
+@pytest.mark.parametrize("tag, settings", [
+    ("ssm", {}), ("ssm_unidirectional", {"bidirectional": False}), ("ssm_mlp_pre", {"mlp_position": "pre"}),
+    ("ssm_mlp_1_layer", {"mlp_layers": 1}), ("ssm_mlp_0_layers", {"mlp_layers": 0})])
+def test_reference_ssm(tag, settings):
+    archive = np.load(REFERENCE / "layers.npz")
+    layer = TemporalSSM(8, state_size=16, mlp_dim=12, **settings)
+    layer.norm = torch.nn.Identity()  # the reference leaves the normalisation out
+    load_reference(layer, archive, f"{tag}/", lambda name: replace_all(name, SSM_NAMES))
+    x, y = (torch.from_numpy(archive[f"{tag}/{key}"]).transpose(1, 2) for key in ("in", "out"))     # b c f
+    assert relative(layer.mix(x), y) < 1e-5
+    assert relative(layer(x), x + y) < 1e-5
+    as_video = x.permute(1, 2, 0)[None, ..., None]                                                  # 1 c f b 1
+    assert relative(layer.mix(as_video), y.permute(1, 2, 0)[None, ..., None]) < 1e-5
+
+
+@pytest.mark.parametrize("frames", [20, 70])
+def test_reference_attention(frames):
+    archive = np.load(REFERENCE / "layers.npz")
+    tag = f"attention_{frames}_frames/"
+    bias = model.RelativePositionBias(heads=2)
+    bias.table.weight.data = torch.from_numpy(archive[tag + "bias_table"])
+    assert relative(bias(frames), torch.from_numpy(archive[tag + "bias"])) < 1e-6
+    layer = model.TemporalAttention(8, heads=2, head_dim=64)
+    layer.norm = torch.nn.Identity()
+    load_reference(layer, archive, tag)
+    x, y = (torch.from_numpy(archive[tag + key]).permute(0, 3, 2, 1)[..., None] for key in ("in", "out"))
+    assert relative(layer.mix(x, bias(frames)), y) < 1e-5
+
+
+def test_reference_linear_attention():
+    archive = np.load(REFERENCE / "layers.npz")
+    layer = model.TemporalLinearAttention(8, heads=2, head_dim=64)
+    layer.norm = torch.nn.Identity()
+    load_reference(layer, archive, "linear_attention/")
+    x, y = (torch.from_numpy(archive[f"linear_attention/{key}"]).permute(0, 3, 2, 1)[..., None] for key in ("in", "out"))
+    assert relative(layer.mix(x), y) < 1e-5
+
+
+def test_reference_spatial_layers():
+    archive = np.load(REFERENCE / "layers.npz")
+    layer = model.SpatialLinearAttention(8, heads=2)
+    layer.norm = torch.nn.Identity()
+    load_reference(layer, archive, "spatial_linear_attention/")
+    x, y = (torch.from_numpy(archive[f"spatial_linear_attention/{key}"]) for key in ("in", "out"))
+    assert relative(layer.mix(x), y) < 1e-5
+    block = load_reference(model.ResNetBlock(8, 16, time_dim=10, groups=4), archive, "resnet_block/",
+                           lambda name: replace_all(name, RESNET_NAMES))
+    x, t, y = (torch.from_numpy(archive[f"resnet_block/{key}"]) for key in ("in", "time_emb", "out"))
+    assert relative(block(x, t), y) < 1e-5
+
+
+def network_name(name):
+    """The authors' name of a network's parameter -> ours."""
+    name = re.sub(r"^(down|up)s\.(\d)\.(\d)\.", lambda match: f"{match[1]}.{match[2]}.{LEVEL_NAMES[match[3]]}.", name)
+    if not name.startswith("time_mlp"):
+        name = replace_all(name, RESNET_NAMES)
+    return replace_all(name, [
+        ("time_mlp.1", "time_mlp.0"), ("time_mlp.3", "time_mlp.2"), ("init_conv", "stem"),
+        ("time_rel_pos_bias.relative_attention_bias", "position_bias.table"), ("init_temporal_layer", "stem_temporal"),
+        ("mid_block", "mid_res"), ("mid_temporal_layer", "mid_temporal"), ("mid_spatial_attn", "mid_spatial"),
+        ("final_conv.0", "final_res"), ("final_conv.1", "final_conv"), ("fn.norm.gamma", "norm.gain"), ("fn.", ""),
+        *SSM_NAMES])
+
+
+@pytest.mark.parametrize("temporal", ["ssm", "attention", "linear-attention"])
+def test_reference_network(temporal):
+    archive = np.load(REFERENCE / f"unet_{temporal.replace('-', '_')}.npz")
+    net = UNet3D(UNetConfig(temporal, base_channels=8, channel_mults=(1, 2), heads=2, head_dim=32, state_size=16,
+                            mlp_dim=24, time_dim=256))
+    load_reference(net, archive, rename=network_name)
+    if temporal != "ssm":  # constants, but the reference randomised them too
+        for module in net.modules():
+            if hasattr(module, "rotary_freqs"):
+                module.rotary_freqs = torch.from_numpy(archive["param/init_temporal_layer.fn.fn.fn.rotary_emb.freqs"])
+    x, t, y = (torch.from_numpy(archive[key]) for key in ("in", "t", "out"))
+    assert relative(net(x, t), y) < 1e-5
+    net.grad_checkpoint = True
+    assert relative(net(x, t), y) < 1e-5
+
+
+def test_reference_schedule():
+    archive = np.load(REFERENCE / "schedule_256.npz")
+    process = Diffusion(256)
+    for ours, theirs in [("betas", "betas"), ("alphas_cumprod", "alphas_cumprod"),
+                         ("posterior_mean_x0", "posterior_mean_coef1"), ("posterior_mean_xt", "posterior_mean_coef2"),
+                         ("posterior_variance", "posterior_variance")]:
+        np.testing.assert_allclose(getattr(process, ours), archive[theirs], rtol=1e-5, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ S4D
+
+
+def recurrence(ssm, u):
+    """s_k = Ā s_{k-1} + B̄ u_k, y_k = 2 Re(C s_k) + D u_k, step by step. u: (d, L, p) -> (d, L, p)."""
+    kernel = ssm.kernel
+    A = torch.complex(-kernel.log_A_real.exp(), kernel.A_imag)
+    A_bar = torch.exp(kernel.log_dt.exp()[:, None] * A)
+    B_bar = (A_bar - 1) / A
+    C = torch.view_as_complex(kernel.C)
+    s = torch.zeros(*A.shape, u.shape[2], dtype=A.dtype)                                            # d n p
+    steps = range(u.shape[1])
+    ys = {}
+    for k in reversed(steps) if ssm.reverse else steps:
+        s = A_bar[..., None] * s + B_bar[..., None] * u[:, None, k]
+        ys[k] = 2 * torch.einsum("dn,dnp->dp", C, s).real + ssm.D[:, None] * u[:, k]
+    return torch.stack([ys[k] for k in steps], 1)
+
+
+@pytest.mark.parametrize("L", [1, 2, 16, 64, 200, 400])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_s4d_is_the_state_recurrence(L, reverse):
+    torch.manual_seed(L)
+    ssm = S4D(3, state_size=8, reverse=reverse).double()
+    u, weight = torch.randn(2, 3, L, 2, dtype=torch.float64)
+    u.requires_grad_()
+    parameters = [u, *ssm.kernel.parameters(), ssm.D]
+    expected = recurrence(ssm, u)
+    gradients = torch.autograd.grad((expected * weight).sum(), parameters)
+    for conv in (s4d.toeplitz_conv, s4d.fft_conv):
+        [y] = conv(u, [(ssm.impulse_response(L), reverse)])
+        assert relative(y, expected) < 1e-10
+        for ours, plain in zip(torch.autograd.grad((y * weight).sum(), parameters), gradients):
+            assert relative(ours, plain) < 1e-9
+
+
+def test_one_input_fft_serves_both_directions():
+    torch.manual_seed(0)
+    u, K1, K2 = torch.randn(4, 50, 3), torch.randn(4, 50), torch.randn(4, 50)
+    together = s4d.fft_conv(u, [(K1, False), (K2, True)])
+    for y, kernel in zip(together, [(K1, False), (K2, True)]):
+        assert torch.equal(y, s4d.fft_conv(u, [kernel])[0])
+        assert relative(y, s4d.toeplitz_conv(u, [kernel])[0]) < 1e-5
+
+
+class LargestTensor(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that is made."""
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and function.__name__.split(".")[0] != "expand":
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_the_vandermonde_tensor_is_never_made():
+    kernel = S4DKernel(4, state_size=64)
+    with LargestTensor() as largest:
+        kernel(400).sum().backward()
+    assert largest.numel < 4 * 32 * 400 / 4
+
+
+@pytest.mark.parametrize("frames", [16, 200, 400])
+@pytest.mark.parametrize("positions", [2, 1024])  # by FFT, and (up to 1024 frames) by Toeplitz matrix
+def test_bfloat16_autocast(frames, positions):
+    torch.manual_seed(0)
+    layer = TemporalSSM(4, state_size=16, mlp_dim=8)
+    x = torch.randn(1, 4, frames, positions)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.directions[0].kernel(frames).dtype == torch.float32
+        assert torch.equal(layer.directions[0].kernel(frames), S4DKernel.forward(layer.directions[0].kernel, frames))
+        y = layer(x)
+    assert relative(y, layer(x)) < 2e-2
+
+
+ABLATIONS = [{}, {"bidirectional": False}, {"mlp_layers": 0}, {"mlp_layers": 1}, {"mlp_position": "pre"},
+             {"mlp_position": "pre", "mlp_layers": 1}, {"skip": "norm"}]
+
+
+@pytest.mark.parametrize("settings", ABLATIONS)
+@pytest.mark.parametrize("shape", [(2, 6, 5, 4, 2), (1, 6, 9, 2, 2), (2, 6, 1, 1, 1)])
+def test_temporal_ssm_is_the_textbook_layer(settings, shape):
+    torch.manual_seed(0)
+    layer = randomise(TemporalSSM(6, state_size=10, mlp_dim=7, **settings)).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    y, expected = layer(x), TextbookTemporalSSM(layer)(x)
+    assert relative(y, expected) < 1e-10
+    weight = torch.randn_like(y)
+    for ours, plain in zip(torch.autograd.grad(y, inputs, weight), torch.autograd.grad(expected, inputs, weight)):
+        assert relative(ours, plain) < 1e-9
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_which_frames_a_frame_sees(bidirectional):
+    torch.manual_seed(0)
+    layer = TemporalSSM(4, state_size=8, mlp_dim=8, bidirectional=bidirectional)
+    x = torch.randn(1, 4, 7, 2, 2, requires_grad=True)
+    [gradient] = torch.autograd.grad(layer(x)[:, :, 3].square().sum(), x)
+    seen = gradient.abs().amax(dim=(0, 1, 3, 4)) > 1e-5  # FFTs round
+    assert seen.tolist() == [True] * 4 + [bidirectional] * 3
+
+
+@pytest.mark.parametrize("settings", [{"mlp_layers": 3}, {"mlp_position": "middle"}, {"skip": "x"}, {"state_size": 7}])
+def test_temporal_ssm_refuses(settings):
+    [(name, value)] = settings.items()
+    with pytest.raises(ValueError, match=f"{name}.*{value}"):
+        TemporalSSM(4, **settings)
+
+
+# ------------------------------------------------------------------------------------------------ the network
+
+
+def rotate_slowly(x, freqs):
+    """Rotary embedding of x (f, d) pair by pair, as complex numbers."""
+    x = x.clone()
+    for i, freq in enumerate(freqs):
+        pair = torch.complex(x[:, 2 * i], x[:, 2 * i + 1]) * torch.exp(1j * freq * torch.arange(len(x)))
+        x[:, 2 * i], x[:, 2 * i + 1] = pair.real, pair.imag
+    return x
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_temporal_attention_is_the_plain_formula(linear):
+    torch.manual_seed(0)
+    heads, d, f = 2, 40, 6  # features 32 .. 39 are not rotated
+    layer = (model.TemporalLinearAttention if linear else model.TemporalAttention)(5, heads, d).double()
+    bias = torch.randn(heads, f, f, dtype=torch.float64)
+    x = torch.randn(2, 5, f, 1, 2, dtype=torch.float64)
+    expected = torch.zeros_like(x)
+    for b, w in np.ndindex(2, 2):
+        qkv = layer.to_qkv(x[b, :, :, 0, w].T).view(f, 3, heads, d)
+        out = []
+        for h in range(heads):
+            q, k, v = rotate_slowly(qkv[:, 0, h], layer.rotary_freqs), rotate_slowly(qkv[:, 1, h], layer.rotary_freqs), qkv[:, 2, h]
+            if linear:
+                q, k = q.exp() / q.exp().sum(1, keepdim=True) / math.sqrt(d), k.exp() / k.exp().sum(0, keepdim=True)
+                out.append(q @ (k.T @ v))
+            else:
+                weights = torch.exp(q @ k.T / math.sqrt(d) + bias[h])
+                out.append(weights / weights.sum(1, keepdim=True) @ v)
+        expected[b, :, :, 0, w] = layer.to_out(torch.cat(out, 1)).T
+    assert relative(layer.mix(x) if linear else layer.mix(x, bias), expected) < 1e-7  # the angles are float32
+
+
+@pytest.mark.parametrize("temporal", model.TEMPORAL_LAYERS)
+def test_every_parameter_has_a_gradient(temporal):
+    torch.manual_seed(0)
+    for checkpointed in (False, True):
+        net = UNet3D(UNetConfig(temporal, **TINY), grad_checkpoint=checkpointed)
+        net(torch.randn(2, 3, 5, 8, 8), torch.tensor([3, 200])).square().mean().backward()
+        without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+        assert not without
+
+
+def test_grad_checkpoint_changes_no_gradient():
+    torch.manual_seed(0)
+    net = UNet3D(UNetConfig(**TINY))
+    x, t = torch.randn(1, 3, 4, 8, 8), torch.tensor([9])
+    plain = torch.autograd.grad(net(x, t).square().mean(), list(net.parameters()))
+    net.grad_checkpoint = True
+    again = torch.autograd.grad(net(x, t).square().mean(), list(net.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+
+
+@pytest.mark.parametrize("temporal", model.TEMPORAL_LAYERS)
+@pytest.mark.parametrize("shape", [(1, 3, 1, 8, 8), (2, 3, 3, 4, 6), (1, 3, 40, 2, 2)])
+def test_network_shapes(temporal, shape):
+    net = UNet3D(UNetConfig(temporal, **TINY))
+    assert net(torch.randn(shape), torch.zeros(shape[0], dtype=torch.long)).shape == shape
+
+
+@pytest.mark.parametrize("shape, t, words", [
+    ((1, 3, 4, 9, 8), (1,), "9x8.*divisible by 2"), ((1, 4, 4, 8, 8), (1,), r"\(1, 4, 4, 8, 8\).*3"),
+    ((3, 4, 8, 8), (1,), "expected"), ((2, 3, 4, 8, 8), (1,), r"t has shape \(1,\)"), ((1, 3, 0, 8, 8), (1,), "0")])
+def test_network_refuses(shape, t, words):
+    with pytest.raises(ValueError, match=words):
+        UNet3D(UNetConfig(**TINY))(torch.randn(shape), torch.zeros(t, dtype=torch.long))
+
+
+def test_an_unknown_temporal_layer_is_refused_with_the_names():
+    with pytest.raises(ValueError, match="'lstm'.*ssm, attention, linear-attention, none"):
+        UNet3D(UNetConfig("lstm"))
+
+
+def test_parameter_counts_at_the_papers_width():
+    with torch.device("meta"):
+        counts = {name: model.count_parameters(UNet3D(UNetConfig(name))) for name in model.TEMPORAL_LAYERS}
+    widths = [64, *(64, 128, 256, 512), 512, *(256, 128, 64, 64)]  # stem, down, middle, up
+    attention = sum(c + 4 * c * 8 * 64 for c in widths)
+    direction = sum(c * (1 + 4 * 256) + c + 2 * c * c + 2 * c for c in widths)  # Δ, A, C; D; GLU
+    ssm = 2 * direction + sum(c + 2 * c * 512 + 512 + c for c in widths)
+    assert counts == {"none": 40_743_427, "linear-attention": 40_743_427 + attention,
+                      "attention": 40_743_427 + attention + 32 * 8, "ssm": 40_743_427 + ssm}
+
+
+# ------------------------------------------------------------------------------------------------ diffusion
+
+
+def test_schedule_and_posterior_identities():
+    for T in (1, 10, 256, 1000):
+        process = Diffusion(T)
+        a = process.alphas_cumprod
+        assert ((process.betas > 0) & (process.betas <= 0.9999)).all() and (a.diff() < 0).all()
+        assert process.posterior_variance[0] == 0 and process.posterior_mean_x0[0] == 1
+        # q(x_{t-1} | x_0) = ∫ q(x_{t-1} | x_t, x_0) q(x_t | x_0) dx_t: the means and the variances must agree
+        previous = torch.cat([torch.ones(1), a[:-1]])
+        mean = process.posterior_mean_x0 + process.posterior_mean_xt * a.sqrt()
+        variance = process.posterior_variance + process.posterior_mean_xt ** 2 * (1 - a)
+        assert torch.allclose(mean, previous.sqrt(), atol=1e-5) and torch.allclose(variance, 1 - previous, atol=1e-5)
+
+
+def test_q_sample_and_predict_x0_are_inverse():
+    process = Diffusion(256)
+    x_0, noise = torch.rand(4, 3, 2, 4, 4) * 2 - 1, torch.randn(4, 3, 2, 4, 4)
+    t = torch.tensor([0, 10, 100, 200])
+    assert torch.allclose(process.predict_x0(process.q_sample(x_0, t, noise), t, noise), x_0, atol=1e-4)
+
+
+def test_an_oracle_denoiser_recovers_x0():
+    for T in (1, 20, 256):
+        process = Diffusion(T)
+        x_0 = torch.rand(2, 3, 4, 8, 8) * 2 - 1
+
+        def oracle(x_t, t):
+            a = process.alphas_cumprod[t].view(-1, 1, 1, 1, 1)
+            return (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
+
+        assert torch.allclose(process.sample(oracle, x_0.shape, sample_generators(0, [0, 1])), x_0, atol=1e-4)
+
+
+def test_losses():
+    process = Diffusion(16)
+    x_0, noise, t = torch.zeros(3, 3, 2, 4, 4), torch.randn(3, 3, 2, 4, 4), torch.tensor([0, 5, 15])
+    assert torch.allclose(process.loss(lambda x, t: noise + 2, x_0, t, noise), torch.full((3,), 4.0))
+    assert torch.allclose(process.loss(lambda x, t: noise - 2, x_0, t, noise, "l1"), torch.full((3,), 2.0))
+    with pytest.raises(ValueError, match="'huber'"):
+        process.loss(lambda x, t: noise, x_0, t, noise, "huber")
+
+
+def test_training_noise_is_a_function_of_seed_step_and_index():
+    t, noise = training_noise((3, 2, 4, 4), seed=1, step=5, indices=range(8), T=256)
+    for rank in range(2):
+        part_t, part_noise = training_noise((3, 2, 4, 4), 1, 5, range(4 * rank, 4 * rank + 4), 256)
+        assert torch.equal(part_t, t[4 * rank:4 * rank + 4]) and torch.equal(part_noise, noise[4 * rank:4 * rank + 4])
+    assert len({n.sum().item() for n in noise}) == 8
+    assert not torch.equal(noise, training_noise((3, 2, 4, 4), 1, 6, range(8), 256)[1])
+    many, _ = training_noise((1,), 0, 0, range(4000), T=4)
+    assert torch.bincount(many, minlength=4).min() > 900
+
+
+def test_sample_i_does_not_depend_on_its_batch():
+    torch.manual_seed(0)
+    net, process = randomise(UNet3D(UNetConfig(**TINY))), Diffusion(32)
+    shape = (3, 6, 8, 8)
+    together = sample.draw(net, process, 0, range(5), shape, "float32")
+    assert together.shape == (5, 6, 8, 8, 3) and together.dtype == np.uint8
+    assert len({video.tobytes() for video in together}) == 5
+    for i in range(5):
+        alone = sample.draw(net, process, 0, [i], shape, "float32")[0]
+        difference = np.abs(alone.astype(int) - together[i])
+        assert difference.max() <= 1 and difference.mean() < 1e-3  # sums in another order may round otherwise
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+TRAIN = ("--frames 5 --size 8 --base-channels 8 --channel-mults 1 2 --time-dim 16 --heads 1 --head-dim 8 --state-size 8 "
+         "--mlp-dim 8 --diffusion-steps 8 --batch-size 4 --workers 0 --log-every 1 --eval-every 3 --sample-every 100 "
+         "--save-every 2 --ema-every 2 --ema-start 3 --lr 1e-2 --precision float32 --device cpu").split()
+
+
+@pytest.fixture
+def run_train(monkeypatch):
+    """Run train.py's main function with flags in this process; restores the signal handlers."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", *TRAIN, *map(str, flags)])
+        train.main()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [(record["step"], record["loss"], record.get("held_out_loss")) for record in read_log(out)]
+
+
+def assert_same(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for item, other in zip(a, b):
+            assert_same(item, other)
+    else:
+        assert a == b
+
+
+def test_resumed_training_is_the_same_bit_for_bit(run_train, tmp_path, capsys):
+    run_train("--steps", 6, "--out", tmp_path / "once")
+    run_train("--steps", 3, "--out", tmp_path / "twice", "--log-every", 2)
+    run_train("--steps", 6, "--out", tmp_path / "twice", "--log-every", 2)
+    assert "changed: --steps 3 -> 6" in capsys.readouterr().out
+    once, twice = (sample.load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("once", "twice"))
+    for part in ("step", "model", "ema", "optimizer", "unet"):
+        assert_same(once[part], twice[part])
+    assert any(not torch.equal(once["model"][name], once["ema"][name]) for name in once["model"]), "the average lags"
+    assert losses(tmp_path / "twice")[-1][2] == losses(tmp_path / "once")[-1][2]
+    assert (tmp_path / "once" / "samples" / "step_0000006.gif").read_bytes() == \
+        (tmp_path / "twice" / "samples" / "step_0000006.gif").read_bytes()
+    run_train("--steps", 6, "--out", tmp_path / "once")
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_signal_stops_after_the_step_and_nothing_is_lost(run_train, tmp_path, monkeypatch, capsys):
+    run_train("--steps", 6, "--out", tmp_path / "once", "--log-every", 4)
+    clip, calls = data.MazeVideos.clip, []
+
+    def clip_and_signal(self, *key):
+        calls.append(key)
+        if key[:2] == (0, 2):  # while the third step's batch is read
+            os.kill(os.getpid(), signal.SIGTERM) if not any(k[:2] == (0, 2) for k in calls[:-1]) else None
+        return clip(self, *key)
+
+    monkeypatch.setattr(data.MazeVideos, "clip", clip_and_signal)
+    run_train("--steps", 6, "--out", tmp_path / "stopped", "--log-every", 4)
+    assert "stopped at step 3" in capsys.readouterr().out
+    assert sample.load_checkpoint(tmp_path / "stopped" / "ckpt.pt")["step"] == 3
+    monkeypatch.setattr(data.MazeVideos, "clip", clip)
+    with open(tmp_path / "stopped" / "log.jsonl", "a") as log:  # as if killed later, in the middle of a line
+        log.write('{"step": 5, "loss": 1}\n{"step": 6, "lo')
+    run_train("--steps", 6, "--out", tmp_path / "stopped", "--log-every", 4)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "once")
+    assert_same(*(sample.load_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("once", "stopped")))
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(run_train, tmp_path, capsys):
+    run_train("--steps", 4, "--out", tmp_path)
+    good = sample.load_checkpoint(tmp_path / "ckpt.pt")
+    whole = (tmp_path / "ckpt.pt").read_bytes()
+    (tmp_path / "ckpt.pt").write_bytes(whole[:len(whole) // 2])
+    run_train("--steps", 4, "--out", tmp_path)
+    assert "ckpt.pt is damaged" in capsys.readouterr().out
+    assert_same(sample.load_checkpoint(tmp_path / "ckpt.pt")["model"], good["model"])
+    for name in ("ckpt.pt", "ckpt_previous.pt"):
+        (tmp_path / name).write_bytes(whole[:1000])
+    with pytest.raises(sample.CheckpointError, match="ckpt_previous.pt is damaged"):
+        run_train("--steps", 4, "--out", tmp_path)
+    assert (tmp_path / "ckpt.pt").read_bytes() == whole[:1000]
+
+
+def test_a_different_model_is_not_resumed(run_train, tmp_path):
+    run_train("--steps", 1, "--out", tmp_path)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    for flags, words in [(["--frames", 6], "--frames 5, not 6"), (["--temporal", "none"], "--temporal ssm, not none"),
+                         (["--batch-size", 2], "--batch-size 4, not 2"), (["--seed", 1], "--seed 0, not 1")]:
+        with pytest.raises(ValueError, match=words):
+            run_train("--steps", 2, "--out", tmp_path, *flags)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_a_non_finite_loss_stops_before_the_checkpoint(run_train, tmp_path, monkeypatch):
+    run_train("--steps", 2, "--out", tmp_path)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    loss = Diffusion.loss
+
+    def poisoned(self, net, x_0, t, noise, kind):
+        return loss(self, net, x_0, t, noise, kind) * (math.nan if net.training else 1)
+
+    monkeypatch.setattr(Diffusion, "loss", poisoned)
+    with pytest.raises(train.NotFinite, match="step 3: loss nan.*--lr 0.01.*--precision"):
+        run_train("--steps", 6, "--out", tmp_path)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_grad_accum_gives_the_same_losses(run_train, tmp_path):
+    run_train("--steps", 4, "--out", tmp_path / "1")
+    run_train("--steps", 4, "--out", tmp_path / "4", "--grad-accum", 4)
+    for (_, loss, _), (_, other, _) in zip(losses(tmp_path / "1"), losses(tmp_path / "4")):
+        assert math.isclose(loss, other, rel_tol=1e-5)
+
+
+def test_the_average_is_a_copy_first_and_then_lags(run_train, tmp_path):
+    run_train("--steps", 2, "--out", tmp_path)  # --ema-every 2 --ema-start 3
+    ckpt = sample.load_checkpoint(tmp_path / "ckpt.pt")
+    assert_same(ckpt["ema"], ckpt["model"])
+    run_train("--steps", 4, "--out", tmp_path, "--ema-decay", 0.995)
+    after = sample.load_checkpoint(tmp_path / "ckpt.pt")
+    for name in ckpt["ema"]:
+        assert torch.allclose(after["ema"][name], 0.995 * ckpt["ema"][name] + 0.005 * after["model"][name], atol=1e-6)
+
+
+def test_one_clip_is_overfitted(run_train, tmp_path, monkeypatch):
+    clip = data.maze_walk(0, 0, 5, 8)
+    monkeypatch.setattr(data.MazeVideos, "clip", lambda self, *key: clip)
+    run_train("--steps", 150, "--out", tmp_path, "--log-every", 50, "--eval-every", 150, "--save-every", 150,
+              "--diffusion-steps", 64, "--base-channels", 16)
+    log = losses(tmp_path)
+    assert log[0][1] > 0.2 > 0.1 > log[-1][1]
+
+
+def torchrun(processes, *command, **settings):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+                           *map(str, command)], capture_output=True, text=True, cwd=HERE, **settings)
+
+
+def test_two_processes_are_one(run_train, tmp_path):
+    run_train("--steps", 5, "--out", tmp_path / "one")
+    finished = torchrun(2, "train.py", *TRAIN, "--steps", 5, "--out", tmp_path / "two")
+    assert finished.returncode == 0, finished.stderr
+    for (_, loss, held_out), (_, other, other_held_out) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert math.isclose(loss, other, rel_tol=1e-5)
+        assert held_out is None or math.isclose(held_out, other_held_out, rel_tol=1e-5)
+    finished = torchrun(2, "sample.py", "--ckpt", tmp_path / "one" / "ckpt.pt", "--num-samples", 5, "--batch-size", 2,
+                        "--out", tmp_path / "two.npy", "--device", "cpu")
+    assert finished.returncode == 0, finished.stderr
+    net = sample.load_network(sample.load_checkpoint(tmp_path / "one" / "ckpt.pt"), "ema", "cpu")
+    expected = sample.draw(net, Diffusion(8), 0, range(5), (3, 5, 8, 8))
+    assert np.abs(expected.astype(int) - np.load(tmp_path / "two.npy")).max() <= 1
+
+
+def test_presets_and_explicit_flags():
+    for flags, preset, lr, steps in [("", "ucf101-32", 3e-4, 92_000), ("--frames 16 --size 64", "ucf101-64", 1e-4, 106_000),
+                                     ("--frames 64", "minerl-64", 3e-4, 174_000), ("--frames 200", "minerl-200", 3e-4, 255_000),
+                                     ("--frames 400", "minerl-400", 5e-5, 246_000), ("--frames 350", "minerl-400", 5e-5, 246_000),
+                                     ("--preset minerl-400 --frames 64 --lr 1e-3", "minerl-400", 1e-3, 246_000)]:
+        args = train.parse_args(flags.split())
+        assert (args.preset, args.lr, args.steps) == (preset, lr, steps)
+        assert (args.base_channels, args.time_dim, args.state_size, args.mlp_dim, args.ema_decay) == (64, 1024, 512, 512, 0.995)
+    assert train.parse_args("--frames 350".split()).frames == 350
+    assert train.parse_args("--preset minerl-400 --frames 64".split()).frames == 64
+    assert train.parse_args("--frames 64".split()).batch_size == 8
+    assert train.unet_config(train.parse_args([])) == UNetConfig()
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+@pytest.fixture
+def trained(run_train, tmp_path):
+    run_train("--steps", 1, "--out", tmp_path / "out" / "run")
+    return tmp_path / "out" / "run" / "ckpt.pt"
+
+
+def run_sample(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
+    sample.main()
+
+
+def test_sample_writes_what_data_reads(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_sample(monkeypatch, "--num", 3, "--batch-size", 2, "--frames", 9, "--size", 16)
+    assert "step 1, ema weights, decay 0.995" in capsys.readouterr().out
+    path = trained.with_name("samples_0000001.npy")
+    videos = np.load(path, allow_pickle=False)
+    assert videos.shape == (3, 9, 16, 16, 3) and videos.dtype == np.uint8
+    assert data.PackedVideos(path, frames=9, size=16).num_windows == 3
+    assert data.decode(path.with_suffix(".gif"), 16).shape[0] == data.decode(path.with_suffix(".mp4"), 16).shape[0] == 9
+    assert {file.name for file in path.parent.iterdir() if "samples_" in file.name} == {
+        path.name, path.name + ".json", path.with_suffix(".gif").name, path.with_suffix(".mp4").name}
+    run_sample(monkeypatch, "--num", 3, "--batch-size", 2, "--frames", 9, "--size", 16)
+    assert "is there already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="exists already"):
+        run_sample(monkeypatch, "--num", 4)
+
+
+def test_stopped_sampling_goes_on(trained, tmp_path, monkeypatch):
+    flags = ["--ckpt", trained, "--num", 5, "--batch-size", 2]
+    run_sample(monkeypatch, *flags, "--out", tmp_path / "whole.npy")
+    draw, calls = sample.draw, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    monkeypatch.setattr(sample, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_sample(monkeypatch, *flags, "--out", tmp_path / "stopped.npy")
+    assert not (tmp_path / "stopped.npy").exists()
+    run_sample(monkeypatch, *flags, "--out", tmp_path / "stopped.npy")
+    assert len(calls) == 4, "what was drawn before is not drawn again"
+    assert (tmp_path / "stopped.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------ hostile input
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_a_checkpoint_never_runs_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"step": Code()}, "ckpt.pt")
+    with pytest.raises(sample.CheckpointError, match="refused"):
+        sample.load_checkpoint("ckpt.pt")
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("script, flags, words", [
+    ("train", "--temporal lstm", "lstm"), ("train", "--frames 0", "'0'"), ("train", "--lr -1", "'-1'"),
+    ("train", "--lr x", "'x'"), ("train", "--ema-decay 1.5", "1.5"), ("train", "--preset big", "big"),
+    ("train", "--size 12 --channel-mults 1 2 4 8", "--size 12 is not divisible by 8"),
+    ("train", "--batch-size 5 --grad-accum 2", "--batch-size 5 .*divisible by 1 processes x --grad-accum 2"),
+    ("train", "--base-channels 12", "--base-channels 12"), ("train", "--workers -1", "--workers -1"),
+    ("train", "--state-size 7", "state_size is 7"), ("train", "--data missing", "missing does not exist"),
+    ("train", "--data empty", "empty holds no videos"), ("train", "--data text.mp4", "text.mp4"),
+    ("train", "--data short.npy --frames 9", "--frames 9: the longest of the 1 videos in short.npy has 6"),
+    ("train", "--data short.npy --frames 2 --size 16", "--size 16: short.npy holds frames of 8x8"),
+    ("train", "--out file", "file"), ("train", "--device cuda:77", "cuda:77"), ("train", "--nonsense", "--nonsense"),
+    ("sample", "--ckpt missing.pt", "missing.pt cannot be read"), ("sample", "", "no ckpt.pt under"),
+    ("sample", "--ckpt text.mp4", "text.mp4 is damaged or no checkpoint"), ("sample", "--num 0", "'0'"),
+    ("sample", "--ckpt code.pt", "code.pt is refused"), ("sample", "--ckpt other.pt", "lacks config"),
+    ("sample", "--ckpt short.npy", "short.npy"), ("sample", "--weights best", "best"),
+    ("data", "empty --size 8 --out x.npy", "empty holds no videos"), ("data", "missing --size 8 --out x.npy", "missing"),
+    ("data", "text.mp4 --size 8 --out x.npy", "none of the 1 videos is usable"),
+    ("data", "empty --size 0 --out x.npy", "--size 0"), ("data", "maze --size 8 --out x.txt", "x.txt"),
+])
+def test_bad_input_is_one_line(script, flags, words, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("empty").mkdir()
+    for name in ("file", "text.mp4"):
+        Path(name).write_text("text")
+    np.save("short.npy", np.zeros((6, 8, 8, 3), np.uint8))
+    torch.save({"step": Code()}, "code.pt")
+    torch.save({"step": 1}, "other.pt")
+    before = {path: path.read_bytes() for path in Path().glob("*") if path.is_file()}
+    defaults = TRAIN if script == "train" and "--preset" not in flags else []
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *defaults, *flags.split()])
+    with pytest.raises(SystemExit) as stopped:
+        if script == "data":
+            data.main()
+        else:
+            sample.run(f"{script}.py", {"train": train, "sample": sample}[script].main)
+    error = capfd.readouterr().err
+    if isinstance(stopped.value.code, str):
+        error += stopped.value.code
+    assert stopped.value.code and re.search(words, error) and "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1
+    assert {path: path.read_bytes() for path in Path().glob("*") if path.is_file()} == before
+    assert not Path("executed").exists() and not list(Path().glob("out/*/ckpt.pt"))
+
+
+def write_mp4(path, frames, colour_of=None, height=48, width=64):
+    """A video whose frame i is one grey level, 16 + 10 i, or colour_of(i)."""
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for i in range(frames):
+            picture = np.full((height, width, 3), colour_of(i) if colour_of else 16 + 10 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def noise(i):
+    return np.random.default_rng(i).integers(256, size=(48, 64, 3))
+
+
+def write_npy(path, frames, size=8, first=0):
+    """A video whose frame i is filled with first + i."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.arange(first, first + frames, dtype=np.uint8)
+    np.save(path, np.broadcast_to(levels[:, None, None, None], (frames, size, size, 3)))
+    return path
+
+
+def command(*arguments, **settings):
+    return subprocess.run([sys.executable, data.__file__, *map(str, arguments)], capture_output=True, text=True, **settings)
+
+
+# ------------------------------------------------------------------------------------------------ data.py: conversions
+
+
+def test_all_256_values_survive_the_round_trip():
+    video = torch.arange(256, dtype=torch.uint8).view(1, 4, 8, 8, 1).expand(2, 4, 8, 8, 3).contiguous()
+    x = data.to_float(video)
+    assert x.shape == (2, 3, 4, 8, 8) and x.dtype == torch.float32
+    assert x.min() == -1 and x.max() == 1
+    assert torch.equal(data.to_uint8(x), video)
+    assert torch.equal(data.to_uint8(x * 3), torch.where(x.movedim(1, -1) * 3 >= 1, 255,
+                       torch.where(x.movedim(1, -1) * 3 <= -1, 0, data.to_uint8((x * 3).clamp(-1, 1)))).byte())
+
+
+@pytest.mark.parametrize("function, wrong, word", [
+    (data.to_float, torch.zeros(2, 4, 4, 3), "float32"), (data.to_float, np.zeros((2, 4, 4, 3), np.uint8), "uint8"),
+    (data.to_float, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), r"\(2, 3, 4, 4\)"),
+    (data.to_uint8, torch.zeros(3, 2, 4, 4, dtype=torch.uint8), "uint8"),
+    (data.to_uint8, torch.zeros(2, 4, 4, 3), r"\(2, 4, 4, 3\)"),
+    (data.to_uint8, torch.full((3, 1, 2, 2), float("nan")), "12 values of 12"),
+])
+def test_conversions_refuse_what_is_no_video(function, wrong, word):
+    with pytest.raises((TypeError, ValueError), match=word):
+        function(wrong)
+
+
+# ------------------------------------------------------------------------------------------------ data.py: mazes
+
+
+def test_maze_walks_are_a_function_of_seed_and_index():
+    walk = data.maze_walk(3, 5, frames=40, size=16)
+    assert walk.shape == (40, 16, 16, 3) and walk.dtype == np.uint8
+    assert np.array_equal(walk, data.maze_walk(3, 5, 40, 16))
+    assert np.array_equal(walk[:7], data.maze_walk(3, 5, 7, 16)), "a shorter walk is the beginning of a longer one"
+    assert not np.array_equal(walk, data.maze_walk(3, 6, 40, 16))
+    assert not np.array_equal(walk, data.maze_walk(5, 3, 40, 16))
+    assert np.array_equal(walk, data.MazeVideos(40, 16).clip(3, 5))
+    assert not np.array_equal(walk, data.MazeVideos(40, 16, "test").clip(3, 5))
+    assert not np.array_equal(data.MazeVideos(40, 16).clip(3), data.MazeVideos(40, 16).clip(3, 0))
+
+
+def maze_and_path(index, frames):
+    rng = data._generator(0, index)
+    walls = data._maze(rng)
+    return walls, data._maze_path(rng, walls, frames)
+
+
+def test_long_walks_come_back_and_see_the_same_walls():
+    for index in range(4):
+        walls, path = maze_and_path(index, 400)
+        colours = np.random.default_rng(index).integers(256, size=(*walls.shape, 3)).astype(np.float32)
+        video = data._render(path, walls, colours, 16)
+        seen = {}
+        again = [(seen[tuple(pose)], i) for i, pose in enumerate(path) if seen.setdefault(tuple(pose), i) < i - 20]
+        assert len(again) > 20, "a walk of 400 frames passes the same places again"
+        assert all(np.array_equal(video[i], video[j]) for i, j in again)
+        assert all((video[i] != video[i + 1]).any() for i in range(399)), "the walk never stands still"
+
+
+def test_walks_are_smooth_and_never_pass_through_walls():
+    for index in range(10):
+        walls, path = maze_and_path(index, 300)
+        assert walls[:, [0, -1]].all(), "the outer walls stand"
+        step = np.linalg.norm(np.diff(path[:, :2], axis=0), axis=1)
+        assert step.max() <= 1 / data.FRAMES_PER_CELL + 1e-9
+        cos_of_turn = (path[1:, 2:] * path[:-1, 2:]).sum(1)
+        assert np.degrees(np.arccos(np.clip(cos_of_turn, -1, 1))).max() < 90 / data.FRAMES_PER_CELL + 0.01
+        for (x, y, _, _), (x2, y2, _, _) in zip(path, path[1:]):
+            if int(x) != int(x2):
+                assert not walls[0, max(int(x), int(x2)), int(y2)]
+            if int(y) != int(y2):
+                assert not walls[1, max(int(y), int(y2)), int(x2)]
+
+
+def test_maze_pictures_have_sky_above_walls_above_floor():
+    video = data.maze_walk(0, 0, 60, 16).astype(int)
+    assert (video[:, 0, :, 2] - video[:, 0, :, 0] > 60).mean() > 0.5, "blue at the top"
+    assert (np.ptp(video[:, -1], axis=-1) < 40).mean() > 0.7, "grey at the bottom"
+    assert (np.ptp(video[:, 7:9], axis=-1) > 60).mean() > 0.7, "bright colours in the middle"
+
+
+@pytest.mark.parametrize("frames, size", [(1, 8), (3, 9), (2, 200)])
+def test_mazes_have_any_length_and_size(frames, size):
+    assert data.maze_walk(1, 1, frames, size).shape == (frames, size, size, 3)
+
+
+# ------------------------------------------------------------------------------------------------ data.py: packed videos
+
+
+@pytest.fixture
+def three_videos(tmp_path):
+    """Videos of 3, 10 and 5 frames, filled with 0.., 50.., 100.."""
+    for name, frames, first in (("a", 3, 0), ("b", 10, 50), ("c", 5, 100)):
+        write_npy(tmp_path / "source" / f"{name}.npy", frames, first=first)
+    data.pack(tmp_path / "source", tmp_path / "packed.npy", size=8, workers=1)
+    return tmp_path / "packed.npy"
+
+
+def test_every_window_is_equally_likely_and_none_crosses_a_boundary(three_videos):
+    videos = data.PackedVideos(three_videos, frames=4, size=8)
+    assert videos.num_windows == 7 + 2 and videos.num_too_short == 1
+    counts = {}
+    for i in range(1800):
+        clip = videos.clip(0, i)
+        assert (np.diff(clip[:, 0, 0, 0].astype(int)) == 1).all(), "consecutive frames of one video"
+        counts[int(clip[0, 0, 0, 0])] = counts.get(int(clip[0, 0, 0, 0]), 0) + 1
+    assert sorted(counts) == [50, 51, 52, 53, 54, 55, 56, 100, 101]
+    assert min(counts.values()) > 150 and max(counts.values()) < 250  # 200 expected, standard deviation 13
+    assert np.array_equal(videos.clip(1, 2, 3), videos.clip(1, 2, 3))
+    assert videos.clip(0).flags.writeable
+
+
+def test_packed_videos_pickle_small(three_videos):
+    np.save(three_videos.with_name("large.npy"), np.zeros((500, 8, 8, 3), np.uint8))
+    videos = data.PackedVideos(three_videos.with_name("large.npy"), frames=4, size=8)
+    copy = pickle.dumps(videos)
+    assert len(copy) < 2000
+    assert np.array_equal(pickle.loads(copy).clip(5), videos.clip(5))
+
+
+def test_plain_arrays_are_read_without_an_index(tmp_path):
+    samples = np.random.default_rng(0).integers(256, size=(3, 6, 8, 8, 3)).astype(np.uint8)
+    np.save(tmp_path / "samples.npy", samples)
+    videos = data.open_videos(tmp_path / "samples.npy", frames=6, size=8)
+    assert len(videos.videos) == videos.num_windows == 3
+    assert {videos.clip(i).tobytes() for i in range(40)} == {sample.tobytes() for sample in samples}
+    np.save(tmp_path / "one.npy", samples[0])
+    assert data.open_videos(tmp_path / "one.npy", frames=2, size=8).num_windows == 5
+
+
+def test_batches_do_not_depend_on_world_size_first_step_or_workers(three_videos):
+    for videos in (data.PackedVideos(three_videos, 4, 8), data.MazeVideos(4, 8)):
+        whole = data.batches(videos, range(4), seed=7, workers=0)
+        ranks = [data.batches(videos, range(rank, 4, 2), seed=7, workers=0) for rank in range(2)]
+        steps = [next(whole) for _ in range(4)]
+        assert steps[0].shape == (4, 4, 8, 8, 3) and steps[0].dtype == torch.uint8
+        assert not torch.equal(steps[0], steps[1])
+        for step in steps:
+            for rank in range(2):
+                assert torch.equal(next(ranks[rank]), step[rank::2])
+        resumed = data.batches(videos, range(4), seed=7, first_step=2, workers=2)
+        assert all(torch.equal(next(resumed), step) for step in steps[2:])
+        assert torch.equal(steps[3][1], torch.from_numpy(videos.clip(7, 3, 1)))
+
+
+def test_batches_leave_the_global_random_numbers_alone(three_videos):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    next(data.batches(data.PackedVideos(three_videos, 4, 8), [0], seed=0, workers=0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------------------------------------ data.py: packing
+
+
+def test_pack_reads_every_kind_of_video(tmp_path, capfd):
+    source = tmp_path / "source"
+    write_mp4(source / "jump" / "clip one ü.mp4", 6)
+    for i in range(1, 13):  # without leading zeros: frame10 must not come before frame2
+        (source / "run" / "frames").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (20, 12), 10 * i).save(source / "run" / "frames" / f"frame{i}.png")
+    gif = [Image.new("RGB", (10, 10), (60 * i, 0, 0)) for i in range(4)]
+    gif[0].save(source / "loop.gif", save_all=True, append_images=gif[1:], duration=40)
+    gif[0].save(source / "loop.webp", save_all=True, append_images=gif[1:], duration=40, lossless=True)
+    write_npy(source / "test" / "walk.npy", 5, size=8)
+    (source / "notes.txt").write_text("not a video")
+    (source / ".hidden.mp4").write_text("not a video either")
+    (source / "fake.mp4").write_text("text " * 100)
+    (source / "empty.avi").write_text("")
+    whole = write_mp4(tmp_path / "whole.mp4", 30, colour_of=noise)
+    (source / "truncated.mp4").write_bytes(whole.read_bytes()[:whole.stat().st_size // 2])
+    np.save(source / "objects.npy", np.array([{"code": 1}], dtype=object), allow_pickle=True)
+    os.symlink(source, source / "run" / "round")
+
+    index = data.pack(source, tmp_path / "packed.npy", size=8, workers=2, min_frames=2)
+    output = capfd.readouterr()
+    assert index == json.loads((tmp_path / "packed.json").read_text())
+    got = [(video["name"], video["length"], video["label"], video["split"]) for video in index["videos"]]
+    assert got == [("jump/clip one ü.mp4", 6, "jump", "train"), ("loop.gif", 4, None, "train"),
+                   ("loop.webp", 4, None, "train"), ("run/frames", 12, "run", "train"),
+                   ("test/walk.npy", 5, None, "test")]
+    assert [video["name"] for video in index["skipped"]] == ["empty.avi", "fake.mp4", "objects.npy", "truncated.mp4"]
+    assert all(video["reason"] and "\n" not in video["reason"] for video in index["skipped"])
+    assert "packed 5 videos, 31 frames" in output.out and "skipped 4:" in output.out
+    assert "moov" not in output.err, "FFmpeg's own messages stay off the terminal"
+
+    frames = np.load(tmp_path / "packed.npy", mmap_mode="r", allow_pickle=False)
+    assert frames.shape == (31, 8, 8, 3) and frames.dtype == np.uint8
+    middle = frames[:, 4, 4].astype(int)
+    assert np.abs(middle[:6] - (16 + 10 * np.arange(6))[:, None]).max() <= 3, "the mp4, lossy"
+    assert np.array_equal(middle[6:14, 0], [0, 60, 120, 180] * 2) and middle[6:14, 1:].max() == 0
+    assert np.array_equal(middle[14:26], np.repeat(10 * np.arange(1, 13), 3).reshape(12, 3))
+    assert np.array_equal(frames[26:], np.load(source / "test" / "walk.npy")), "right size already: not a byte changes"
+    assert data.PackedVideos(tmp_path / "packed.npy", 5, 8, "test").videos[0]["name"] == "test/walk.npy"
+    assert data.PackedVideos(tmp_path / "packed.npy", 5, 8, "all").splits == ("test", "train")
+
+
+def test_pack_crops_the_centre_of_the_shorter_side(tmp_path):
+    wide = np.zeros((2, 40, 120, 3), np.uint8)
+    wide[:, :, 40:80] = (200, 100, 50)
+    np.save(tmp_path / "wide.npy", wide)
+    np.save(tmp_path / "tall.npy", wide.transpose(0, 2, 1, 3).copy())
+    checkerboard = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    np.save(tmp_path / "fine.npy", np.broadcast_to(checkerboard[None, :, :, None], (2, 64, 64, 3)).copy())
+    for name in ("wide", "tall"):
+        inner = data.decode(tmp_path / f"{name}.npy", 10)[:, 2:-2, 2:-2]  # at the edge the filter sees beyond the crop
+        assert (inner == (200, 100, 50)).all()
+    assert np.abs(data.decode(tmp_path / "fine.npy", 8).astype(int) - 127).max() < 8, "antialiased: grey, no pattern"
+
+
+def test_a_video_that_ends_within_a_frame_is_not_trusted(tmp_path):
+    whole = write_mp4(tmp_path / "whole.avi", 30, colour_of=noise).read_bytes()
+    assert data.decode(tmp_path / "whole.avi", 8).shape == (30, 8, 8, 3)
+    (tmp_path / "cut.avi").write_bytes(whole[:len(whole) * 2 // 3])  # FFmpeg decodes what there is, without an error
+    with pytest.raises(ValueError, match="cut off"):
+        data.decode(tmp_path / "cut.avi", 8)
+
+
+def test_pack_honours_ucf101_lists(tmp_path):
+    for number in (1, 8, 9):
+        write_npy(tmp_path / "UCF-101" / "YoYo" / f"v_YoYo_g{number:02}_c01.npy", 2)
+    lists = tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "trainlist01.txt").write_text("YoYo/v_YoYo_g08_c01.avi 101\nYoYo/v_YoYo_g09_c01.avi 101\n")
+    (lists / "testlist01.txt").write_text("YoYo/v_YoYo_g01_c01.avi\r\n")
+    for source in (tmp_path / "UCF-101", tmp_path):
+        index = data.pack(source, tmp_path / f"{source.name}.npy", size=8, workers=1)
+        assert [(video["split"], video["label"]) for video in index["videos"]] == [
+            ("test", "YoYo"), ("train", "YoYo"), ("train", "YoYo")]
+        (tmp_path / f"{source.name}.npy").unlink()
+
+
+def test_pack_does_not_depend_on_workers_and_replaces_leftovers(tmp_path):
+    for i in range(12):
+        write_npy(tmp_path / "source" / f"{i:02}.npy", 2 + i % 3, first=10 * i)
+    (tmp_path / ".one.npy.partial").write_bytes(b"half a file of a killed run" * 10000)
+    (tmp_path / "one.json").write_text('{"size": 4, "videos": []}')  # killed between the two renames
+    data.pack(tmp_path / "source", tmp_path / "one.npy", size=8, workers=1)
+    data.pack(tmp_path / "source", tmp_path / "two.npy", size=8, workers=2)
+    assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "two.npy").read_bytes()
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["one.json", "one.npy", "source", "two.json", "two.npy"]
+
+
+def crash_on_b(path, size):
+    if path.name == "b.npy":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return np.full((2, size, size, 3), ord(path.name[0]), np.uint8)
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the replaced decoder must reach the workers")
+def test_a_decoder_that_dies_costs_one_video(tmp_path, monkeypatch):
+    for name in "abcdef":
+        write_npy(tmp_path / "source" / f"{name}.npy", 2)
+    monkeypatch.setattr(data, "decode", crash_on_b)
+    index = data.pack(tmp_path / "source", tmp_path / "packed.npy", size=8, workers=2)
+    assert [video["name"] for video in index["videos"]] == ["a.npy", "c.npy", "d.npy", "e.npy", "f.npy"]
+    assert index["skipped"] == [{"name": "b.npy", "reason": "the decoder crashed"}]
+    assert np.load(tmp_path / "packed.npy")[::2, 0, 0, 0].tobytes() == b"acdef"
+
+
+def test_a_folder_is_packed_once_into_the_cache(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_npy(tmp_path / "videos" / "a.npy", 6)
+    first = data.open_videos(tmp_path / "videos", frames=4, size=8)
+    assert "packing" in capsys.readouterr().out
+    again = data.open_videos(tmp_path / "videos", frames=4, size=8)
+    assert capsys.readouterr().out == "" and again.path == first.path
+    assert first.path.parent == tmp_path / "cache" / "ssm-video-diffusion"
+    assert np.array_equal(first.clip(1), again.clip(1))
+    write_npy(tmp_path / "videos" / "b.npy", 6)
+    assert len(data.open_videos(tmp_path / "videos", frames=4, size=8).videos) == 2, "a changed folder is packed again"
+    data.pack(tmp_path / "videos", tmp_path / "videos" / "packed.npy", size=8, workers=1)
+    assert len(data.open_videos(tmp_path / "videos", frames=4, size=8).videos) == 2, "a packed file is not a video"
+    assert isinstance(data.open_videos(None, 4, 8), data.MazeVideos)
+
+
+# ------------------------------------------------------------------------------------------------ data.py: refusals
+
+
+def damage(path, change):
+    index = json.loads(path.with_suffix(".json").read_text())
+    change(index)
+    path.with_suffix(".json").write_text(json.dumps(index))
+
+
+def test_reading_refuses_in_one_line_with_the_value(three_videos, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.mp4").write_text("text")
+    (tmp_path / "notes.txt").write_text("text")
+    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "floats.npy", np.zeros((4, 8, 8, 3), np.float32))
+    np.save(tmp_path / "grey.npy", np.zeros((4, 8, 8), np.uint8))
+    np.save(tmp_path / "zero.npy", np.zeros((0, 8, 8, 3), np.uint8))
+    (tmp_path / "short.npy").write_bytes(three_videos.read_bytes()[:-1])
+    (tmp_path / "garbage.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
+    with open(tmp_path / "archive.npy", "wb") as file:
+        np.savez(file, a=np.zeros(3))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for path, frames, size, split, words in [
+        (three_videos, 500, 8, "train", "--frames 500: the longest of the 3 videos .* has 10 frames; use --frames 10"),
+        (three_videos, 4, 16, "train", "--size 16: .* 8x8; use --size 8, or pack .* --size 16"),
+        (three_videos, 4, 8, "test", "'test': .* only 'train'"), (three_videos, 4, 8, "held", "'held'"),
+        (three_videos, 0, 8, "train", "--frames 0"), (None, 4, 4, "train", "--size 4"),
+        (tmp_path / "missing", 4, 8, "train", "missing does not exist"),
+        (tmp_path / "empty", 4, 8, "train", "empty holds no"),
+        (tmp_path / "notes.txt", 4, 8, "train", "notes.txt is not a video"),
+        (tmp_path / "text.mp4", 4, 8, "train", "none of the 1 videos is usable: text.mp4: "),
+        (tmp_path / "objects.npy", 4, 8, "train", "objects"), (tmp_path / "floats.npy", 4, 8, "train", "float32"),
+        (tmp_path / "grey.npy", 4, 8, "train", r"\(4, 8, 8\)"), (tmp_path / "zero.npy", 4, 8, "train", r"\(0, 8"),
+        (tmp_path / "short.npy", 4, 8, "train", "short"), (tmp_path / "garbage.npy", 4, 8, "train", "garbage"),
+        (tmp_path / "archive.npy", 4, 8, "train", "archive"),
+    ]:
+        with pytest.raises(data.DataError, match=words) as refusal:
+            data.open_videos(path, frames, size, split)
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda index: index.pop("size"), lambda index: index.update(size=16), lambda index: index.update(videos={}),
+    lambda index: index["videos"].pop(), lambda index: index["videos"][1].update(start=0),
+    lambda index: index["videos"][1].update(length=-1), lambda index: index["videos"][0].update(split="x"),
+    lambda index: index["videos"].append("video"), lambda index: index["videos"][2].update(length=10**12),
+])
+def test_an_index_that_does_not_fit_is_refused(three_videos, change):
+    damage(three_videos, change)
+    with pytest.raises(data.DataError, match="packed.json"):
+        data.PackedVideos(three_videos, frames=4, size=8)
+
+
+def test_packing_never_overwrites(three_videos, tmp_path):
+    before = three_videos.read_bytes()
+    with pytest.raises(data.DataError, match="packed.npy exists already"):
+        data.pack(tmp_path / "source", three_videos, size=8)
+    (tmp_path / "mine.json").write_text('["not an index"]')
+    with pytest.raises(data.DataError, match="mine.json is not an index"):
+        data.pack(tmp_path / "source", tmp_path / "mine.npy", size=8)
+    with pytest.raises(data.DataError, match="ends in .npy"):
+        data.pack(tmp_path / "source", tmp_path / "mine.npz", size=8)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(data.DataError, match="cannot be written: Not a directory|cannot be written: File exists"):
+        data.pack(tmp_path / "source", tmp_path / "file" / "packed.npy", size=8)
+    assert three_videos.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["file", "mine.json", "packed.json", "packed.npy", "source"]
+
+
+def test_an_interrupted_pack_leaves_nothing(tmp_path, monkeypatch):
+    write_npy(tmp_path / "source" / "a.npy", 3)
+
+    def interrupt(name, official):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "_label_and_split", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data.pack(tmp_path / "source", tmp_path / "packed.npy", size=8, workers=1)
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_command_line(tmp_path):
+    done = command("maze", "--size", 8, "--frames", 5, "--num", 2, "--out", tmp_path / "maze.npy")
+    assert done.returncode == 0 and "packed 2 videos, 10 frames of 8x8" in done.stdout, done.stderr
+    assert np.array_equal(np.load(tmp_path / "maze.npy")[5:], data.maze_walk(0, 1, 5, 8))
+    refused = command(tmp_path / "missing", "--size", 8, "--out", tmp_path / "out.npy")
+    assert refused.returncode == 1 and refused.stdout == ""
+    assert refused.stderr.count("\n") == 1 and refused.stderr.startswith("data.py: ") and "missing" in refused.stderr
+
+
+# ------------------------------------------------------------------------------------------------ files that travel
+
+
+@pytest.mark.parametrize("files, packages, code", [
+    (["s4d.py"], ["torch"], "import torch, s4d; assert s4d.TemporalSSM(4)(torch.randn(1, 4, 9, 2, 2)).shape[2] == 9"),
+    (["diffusion.py"], ["torch"], "import diffusion; diffusion.Diffusion(8)"),
+    (["data.py"], ["torch", "numpy", "PIL"], "import data; assert data.maze_walk(0, 0, 3, 8).shape == (3, 8, 8, 3)"),
+    (["model.py", "s4d.py"], ["torch", "einops"], "import model; model.UNet3D(model.UNetConfig(base_channels=8))"),
+])
+def test_files_work_alone_in_an_empty_folder(files, packages, code, tmp_path):
+    for file in files:
+        shutil.copy(HERE / file, tmp_path)
+    others = {"torch", "numpy", "einops", "PIL", "scipy", "av", "tqdm", "tensorboard", "matplotlib"} - set(packages)
+    imports = {line.split()[1].split(".")[0] for file in files for line in (HERE / file).read_text().splitlines()
+               if line.startswith(("import ", "from "))}
+    assert not imports & others
+    finished = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                              env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
+    assert finished.returncode == 0, finished.stderr

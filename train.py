@@ -1,0 +1,518 @@
+"""Train a video diffusion model.
+
+    python train.py --preset tiny                                         # embedded mazes, minutes on a laptop CPU
+    torchrun --nproc-per-node 8 train.py --temporal ssm --frames 400      # the paper's 400-frame column, on mazes
+    torchrun --nproc-per-node 8 train.py --preset minerl-64 --data minerl.npy --temporal attention
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --frames 200
+    python train.py --preset minerl-400 --dry-run                         # what would be trained
+
+--out DIR (default out/PRESET-TEMPORAL) gets config.json, log.jsonl, samples/ and ckpt.pt (ckpt_previous.pt is the one
+before). Stop it at any time; the same command goes on from the last checkpoint, exactly. Without --preset, the column
+of the paper's Table 5 is chosen by --frames and --size. An explicit flag always wins.
+"""
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import DataError, MazeVideos, batches, open_videos, to_float
+from diffusion import Diffusion, training_noise
+from model import TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
+from sample import (CheckpointError, Parser, autocast, choose_device, draw, load_checkpoint, positive_int, replace_with,
+                    run, save_gif)
+
+# Table 5, a row per column; the settings that all of them share are the flags' defaults.
+PRESETS = {
+    "ucf101-32": dict(split="all", frames=16, size=32, diffusion_steps=256, lr=3e-4, batch_size=64, steps=92_000),
+    "ucf101-64": dict(split="all", frames=16, size=64, diffusion_steps=1000, lr=1e-4, batch_size=64, steps=106_000),
+    "minerl-64": dict(split="train", frames=64, size=32, diffusion_steps=256, lr=3e-4, batch_size=8, steps=174_000),
+    "minerl-200": dict(split="train", frames=200, size=32, diffusion_steps=256, lr=3e-4, batch_size=8, steps=255_000),
+    "minerl-400": dict(split="train", frames=400, size=32, diffusion_steps=256, lr=5e-5, batch_size=8, steps=246_000),
+    # not the paper's: the quick start, sized for a laptop CPU
+    "tiny": dict(split="train", frames=16, size=16, diffusion_steps=256, lr=1e-3, batch_size=8, steps=700,
+                 base_channels=24, channel_mults=(1, 2, 4), time_dim=128, heads=2, head_dim=32, state_size=64,
+                 mlp_dim=64, ema_start=100, ema_decay=0.9, log_every=25, eval_every=100, sample_every=350, save_every=100),
+}
+
+# What may be different when a run goes on: neither the model nor the data come out differently.
+MAY_CHANGE = {"preset", "steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision",
+              "compile", "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device"}
+EVAL_CLIPS = 16
+GRID_SAMPLES = 9
+
+
+class NotFinite(ValueError):
+    """The loss or the gradient became NaN or infinite."""
+
+
+# ---------------------------------------------------------------------------------------- flags
+
+
+def positive_float(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def fraction(text):
+    value = positive_float(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
+    return value
+
+
+def make_parser():
+    parser = Parser(prog="train.py", description="Train a video diffusion model.",
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, help="none: the paper's column for --frames and --size")
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", default="maze", help="packed .npy file, folder of videos, or the embedded maze walks")
+    group.add_argument("--split", choices=("train", "test", "all"), default="train", help="videos to train on")
+    group.add_argument("--frames", type=positive_int, default=16, help="frames per clip")
+    group.add_argument("--size", type=positive_int, default=32, help="height and width")
+    group.add_argument("--workers", type=int, default=2, help="data loading processes per training process")
+
+    group = parser.add_argument_group("network")
+    group.add_argument("--temporal", choices=TEMPORAL_LAYERS, default="ssm", help="temporal layer")
+    group.add_argument("--base-channels", type=positive_int, default=64, help="width of the first level")
+    group.add_argument("--channel-mults", type=positive_int, nargs="+", default=(1, 2, 4, 8), metavar="M",
+                       help="width of each level, in base channels")
+    group.add_argument("--time-dim", type=positive_int, default=1024, help="width of the time embedding")
+    group.add_argument("--heads", type=positive_int, default=8, help="attention heads, spatial ones too")
+    group.add_argument("--head-dim", type=positive_int, default=64, help="width of a temporal attention head")
+
+    group = parser.add_argument_group("temporal SSM layer")
+    group.add_argument("--state-size", type=positive_int, default=512, help="N, the paper's SSM hidden dims")
+    group.add_argument("--mlp-dim", type=positive_int, default=512, help="hidden width of the MLP")
+    group.add_argument("--mlp-layers", type=int, choices=(0, 1, 2), default=2, help="layers of the MLP (Table 3)")
+    group.add_argument("--mlp-position", choices=("post", "pre"), default="post", help="MLP after or before the SSM")
+    group.add_argument("--unidirectional", action="store_true", help="leave the backward SSM out (Table 3)")
+    group.add_argument("--skip", choices=("input", "norm"), default="input", help="skip from X, or from LayerNorm(X)")
+
+    group = parser.add_argument_group("diffusion")
+    group.add_argument("--diffusion-steps", type=positive_int, default=256, help="T")
+    group.add_argument("--loss", choices=("l2", "l1"), default="l2", help="of the predicted noise")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--steps", type=positive_int, default=92_000, help="training steps in all")
+    group.add_argument("--batch-size", type=positive_int, default=64, help="clips per step, over all processes")
+    group.add_argument("--grad-accum", type=positive_int, default=1, help="parts a process works its clips off in")
+    group.add_argument("--lr", type=positive_float, default=3e-4, help="learning rate of Adam, constant")
+    group.add_argument("--grad-clip", type=positive_float, help="largest gradient norm; none: not clipped")
+    group.add_argument("--ema-decay", type=fraction, default=0.995, help="decay of the averaged weights, per update")
+    group.add_argument("--ema-every", type=positive_int, default=10, help="steps between two updates of the average")
+    group.add_argument("--ema-start", type=int, default=2000, help="until this step the average is a copy")
+    group.add_argument("--seed", type=int, default=0, help="of the first weights, clips, timesteps and noise")
+
+    group = parser.add_argument_group("speed and memory")
+    group.add_argument("--device", help="cpu, cuda, mps; none: the best there is")
+    group.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto",
+                       help="bf16 autocast or float32; auto: bf16 where the device computes in it")
+    group.add_argument("--compile", action="store_true", help="torch.compile the network")
+    group.add_argument("--grad-checkpoint", action="store_true", help="less memory: recompute blocks in backward")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--out", type=Path, help="folder of the run; none: out/PRESET-TEMPORAL")
+    group.add_argument("--log-every", type=positive_int, default=100, help="steps between log lines")
+    group.add_argument("--eval-every", type=positive_int, default=1000, help="steps between held-out losses")
+    group.add_argument("--sample-every", type=positive_int, default=10_000, help="steps between sample grids")
+    group.add_argument("--save-every", type=positive_int, default=1000, help="steps between checkpoints")
+    group.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
+    group.add_argument("--dry-run", action="store_true", help="print what would be trained, and exit")
+    return parser
+
+
+def choose_preset(frames, size):
+    """The column of Table 5 for a clip's shape; any other number of frames takes the nearest MineRL column."""
+    if frames == 16:
+        return "ucf101-64" if size == 64 else "ucf101-32"
+    return min(("minerl-64", "minerl-200", "minerl-400"), key=lambda name: abs(PRESETS[name]["frames"] - frames))
+
+
+def parse_args(argv=None):
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    preset = args.preset or choose_preset(args.frames, args.size)
+    parser.set_defaults(**PRESETS[preset])  # an explicit flag wins over a default
+    args = parser.parse_args(argv)
+    args.preset = preset
+    args.channel_mults = list(args.channel_mults)
+    args.out = args.out or Path("out") / f"{preset}-{args.temporal}"
+    return args
+
+
+def unet_config(args):
+    return UNetConfig(temporal=args.temporal, base_channels=args.base_channels, channel_mults=tuple(args.channel_mults),
+                      time_dim=args.time_dim, heads=args.heads, head_dim=args.head_dim, state_size=args.state_size,
+                      mlp_dim=args.mlp_dim, mlp_layers=args.mlp_layers, mlp_position=args.mlp_position,
+                      bidirectional=not args.unidirectional, skip=args.skip)
+
+
+def check_args(args, world_size):
+    """Raises ValueError for flags that do not go together."""
+    if args.batch_size % (world_size * args.grad_accum):
+        raise ValueError(f"--batch-size {args.batch_size} is not divisible by {world_size} processes x --grad-accum "
+                         f"{args.grad_accum} = {world_size * args.grad_accum}; the batch size is the global one")
+    factor = 2 ** (len(args.channel_mults) - 1)
+    if args.size % factor:
+        raise ValueError(f"--size {args.size} is not divisible by {factor}, which {len(args.channel_mults)} levels need")
+    if args.base_channels % 8:
+        raise ValueError(f"--base-channels {args.base_channels}: expected a multiple of 8, the groups of GroupNorm")
+    if args.workers < 0:
+        raise ValueError(f"--workers {args.workers}: expected 0 or more")
+
+
+# ---------------------------------------------------------------------------------------- checkpoints and logs
+
+
+def save_checkpoint(out, step, config, net, ema, optimizer, interval):
+    """Write everything that is needed to go on to out/ckpt.pt; the one before stays as ckpt_previous.pt.
+
+    step: steps done. interval: the losses and gradient norms since the last log line, which will be averaged there.
+    """
+    ckpt = {"step": step, "config": config, "unet": dataclasses.asdict(net.config), "model": net.state_dict(),
+            "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "interval": interval}
+    path, temporary = out / "ckpt.pt", out / ".ckpt.pt.partial"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(ckpt, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, out / "ckpt_previous.pt")
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch wraps some errors of a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"step {step}: {path} cannot be written ({error}); the last good checkpoint is untouched") from None
+
+
+def load_newest(out):
+    """The checkpoint to go on from, or None for a new run. A damaged one is passed over for the one before."""
+    paths = [path for path in (out / "ckpt.pt", out / "ckpt_previous.pt") if path.exists()]
+    for path in paths:
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            if path == paths[-1]:
+                raise CheckpointError(f"{error}; move it away or choose another --out to start afresh") from None
+            print(f"{error}; going on from {paths[-1]}")
+
+
+def check_resume(config, saved, out):
+    """Print the settings that changed since the checkpoint. Raises ValueError for those that must not change."""
+    for name in config:
+        old, new = saved.get(name), config[name]
+        if old == new:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name not in MAY_CHANGE:
+            raise ValueError(f"{out} holds a run with {flag} {old}, not {new}; give {flag} {old} to go on with it, or "
+                             "another --out for a new run")
+        print(f"changed: {flag} {old} -> {new}")
+
+
+def trim_log(path, step):
+    """Drop the lines of log.jsonl that were written after the checkpoint: those steps will be done again."""
+    if path.exists():
+        lines = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # the last line of a killed run may be cut off
+                if json.loads(line)["step"] <= step:
+                    lines.append(line + "\n")
+        replace_with(path, lambda temporary: temporary.write_text("".join(lines)))
+
+
+def peak_memory(device):
+    """In bytes: of the allocator on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------- training
+
+
+@torch.no_grad()
+def held_out_loss(net, diffusion, videos, args, device, rank, world_size):
+    """The loss on fixed clips with fixed noise, one timestep in each quartile of t -> (4,) means per quartile.
+
+    The same for every seed, world size and step, so that its curve is smooth where the training loss is noisy.
+    """
+    losses = torch.zeros(EVAL_CLIPS, 4, device=device)
+    for i in range(rank, EVAL_CLIPS, world_size):
+        x_0 = to_float(torch.from_numpy(videos.clip(i))).to(device)                         # c f h w
+        draws = [training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T) for quartile in range(4)]
+        t = torch.cat([(quartile * diffusion.T + t) // 4 for quartile, (t, _) in enumerate(draws)]).to(device)
+        noise = torch.cat([noise for _, noise in draws]).to(device)                         # 4 c f h w
+        with autocast(device, args.precision):
+            losses[i] = diffusion.loss(net, x_0.expand_as(noise), t, noise, args.loss)
+    if world_size > 1:
+        dist.all_reduce(losses)
+    return losses.mean(0)
+
+
+def sample_grid(net, diffusion, args, path, rank, world_size):
+    """Write the first samples side by side to `path`; the processes share the work."""
+    videos = torch.zeros(GRID_SAMPLES, args.frames, args.size, args.size, 3, dtype=torch.uint8, device=diffusion.device)
+    indices = range(rank, GRID_SAMPLES, world_size)
+    if indices:
+        def progress(steps):
+            return tqdm(steps, desc="sampling", leave=False, disable=True if rank else None)
+
+        shape = (net.config.video_channels, args.frames, args.size, args.size)
+        drawn = draw(net, diffusion, args.seed, indices, shape, args.precision, progress)
+        videos[list(indices)] = torch.from_numpy(drawn).to(videos.device)
+    if world_size > 1:
+        dist.all_reduce(videos)
+    if rank == 0:
+        save_gif(path, videos.cpu().numpy())
+
+
+def check_finite(pending, first_step, args):
+    """pending: (n, 2) losses and gradient norms of the steps from first_step on. Raises NotFinite."""
+    for i, (loss, grad_norm) in enumerate(pending):
+        if not math.isfinite(loss + grad_norm):
+            raise NotFinite(f"step {first_step + i}: loss {loss}, gradient norm {grad_norm} at --lr {args.lr} "
+                            f"--precision {args.precision}; checkpoint and average are as before. Try a lower --lr, "
+                            "--grad-clip 1, or --precision float32")
+
+
+def open_data(args, device, rank, local_rank, world_size):
+    """-> (training videos, held-out videos, a line about both)."""
+    # A folder is packed by one process while the others wait; on further machines by one each, unless they share the
+    # cache.
+    for mine in [rank == 0, local_rank == 0, True] if world_size > 1 else [True]:
+        if mine:
+            videos = open_videos(args.data, args.frames, args.size, args.split)
+        if world_size > 1:
+            dist.barrier()
+    about = "embedded maze walks"
+    if not isinstance(videos, MazeVideos):
+        about = (f"{len(videos.videos)} videos with {videos.num_windows} clips of {args.frames} frames from {args.data}; "
+                 f"{videos.num_too_short} videos are shorter and left out")
+    if args.split == "train" and "test" in videos.splits:
+        with contextlib.suppress(DataError):  # test videos may all be too short
+            held_out = open_videos(args.data, args.frames, args.size, "test")
+            return videos, held_out, f"{about}; held-out loss on the test split"
+    return videos, videos, f"{about}; no videos are held out: the held-out loss is that of fixed training clips"
+
+
+def describe(args, net, device, world_size):
+    """The resolved configuration in a few lines."""
+    b = args.batch_size // world_size // args.grad_accum
+    flags = ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items()) if name not in ("out", "dry_run"))
+    with autocast(device, args.precision):
+        precision = "bf16 autocast" if torch.is_autocast_enabled(device.type) else "float32"
+    return "\n".join([
+        f"preset {args.preset}: {flags}",
+        f"{count_parameters(net):,} parameters, temporal layer {args.temporal}",
+        f"global batch {args.batch_size} = {world_size} processes x {args.grad_accum} parts x {b} clips; one part: "
+        f"uint8 {(b, args.frames, args.size, args.size, 3)} -> x, ε {(b, 3, args.frames, args.size, args.size)} "
+        f"in [-1, 1], t {(b,)}",
+        f"{device.type}, {precision}; output in {args.out.absolute()}"])
+
+
+def train(args):
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    check_args(args, world_size)
+    device = choose_device(args.device)
+    torch.manual_seed(args.seed)
+    net = UNet3D(unet_config(args), args.grad_checkpoint)
+    if rank == 0:
+        print(describe(args, net, device, world_size))
+    if args.dry_run:
+        return
+    if world_size > 1:
+        # gloo too on GPUs: whether to stop is agreed on without waiting for the device
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=6))
+
+    # ---- everything that can be wrong with the data, the folder or the checkpoint shows here, before any training
+    videos, held_out, about_data = open_data(args, device, rank, local_rank, world_size)
+    config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+              if name not in ("out", "dry_run")}
+    (args.out / "samples").mkdir(parents=True, exist_ok=True)
+    ckpt = load_newest(args.out)
+    if ckpt:
+        check_resume(config, ckpt["config"], args.out)
+    if world_size > 1:
+        dist.barrier()  # all have read the checkpoint before anything is written
+    log_path = args.out / "log.jsonl"
+    first_step = ckpt["step"] if ckpt else 0
+    if rank == 0:
+        print(about_data)
+        if ckpt:
+            print(f"going on from step {first_step} of {args.steps}")
+        replace_with(args.out / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=1)))
+        trim_log(log_path, first_step)
+    if first_step >= args.steps:
+        if rank == 0:
+            print(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
+        return
+
+    # ---- network, average, optimiser
+    diffusion = Diffusion(args.diffusion_steps, device)
+    net.to(device)
+    ema = UNet3D(net.config).to(device).requires_grad_(False).eval()
+    ema.load_state_dict(net.state_dict())
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=device.type in ("cpu", "cuda"))
+    interval = []
+    if ckpt:
+        net.load_state_dict(ckpt["model"])
+        ema.load_state_dict(ckpt["ema"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        optimizer.param_groups[0]["lr"] = args.lr
+        interval = ckpt["interval"]
+        del ckpt
+    forward = torch.compile(net) if args.compile else net
+    if world_size > 1:
+        forward = DistributedDataParallel(forward, device_ids=[local_rank] if device.type == "cuda" else None,
+                                          gradient_as_bucket_view=True)
+    parameters, averages = list(net.parameters()), list(ema.parameters())
+    tensorboard = None
+    if args.tensorboard and rank == 0:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+        tensorboard = SummaryWriter(args.out / "tensorboard", purge_step=first_step)
+
+    # ---- Ctrl-C and kill: the first finishes the step and saves, a second of the same kind exits at once
+    stop_signals = set()
+
+    def on_signal(number, frame):
+        if number in stop_signals:
+            sys.exit(1)
+        stop_signals.add(number)
+        if rank == 0:
+            print("stopping after this step; again to stop at once", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    def stop_asked():
+        if world_size == 1:
+            return bool(stop_signals)
+        asked = torch.tensor(len(stop_signals))
+        dist.all_reduce(asked)
+        return asked.item() > 0
+
+    # ---- the loop: step counts the steps done
+    share = args.batch_size // world_size
+    indices = range(rank * share, (rank + 1) * share)
+    loader = batches(videos, indices, args.seed, first_step, args.workers, pin_memory=device.type == "cuda")
+    bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
+    pending = []                                # losses and gradient norms not yet looked at, on the device
+    timer, timed_steps = time.perf_counter(), 0
+    for step, batch in enumerate(loader, start=first_step + 1):
+        x_0 = to_float(batch.to(device, non_blocking=True))                                 # share c f h w
+        t, noise = training_noise(x_0.shape[1:], args.seed, step - 1, indices, diffusion.T, device)
+        loss_sum = torch.zeros((), device=device)
+        parts = list(zip(*(tensor.chunk(args.grad_accum) for tensor in (x_0, t, noise))))
+        for part in parts:
+            last = part is parts[-1]
+            with contextlib.nullcontext() if last or world_size == 1 else forward.no_sync():
+                with autocast(device, args.precision):
+                    loss = diffusion.loss(forward, *part, kind=args.loss).mean() / args.grad_accum
+                loss.backward()
+            loss_sum += loss.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        pending.append(torch.stack([loss_sum, grad_norm]))
+        timed_steps += 1
+        bar.update()
+
+        end, stop = step == args.steps, stop_asked()
+        log_due, eval_due = step % args.log_every == 0 or end, step % args.eval_every == 0 or end
+        save_due, sample_due = step % args.save_every == 0 or end or stop, step % args.sample_every == 0 or end
+        ema_due = step % args.ema_every == 0
+        if not (log_due or eval_due or save_due or sample_due or ema_due):
+            continue
+
+        # the only places where the host waits for the device
+        values = torch.stack(pending)
+        if world_size > 1:
+            dist.all_reduce(values)  # the gradient norm is the same on all of them
+            values /= world_size
+        check_finite(values.tolist(), step - len(pending) + 1, args)
+        interval += values.tolist()
+        pending = []
+        if ema_due:
+            if step < args.ema_start:
+                torch._foreach_copy_(averages, parameters)
+            else:
+                torch._foreach_lerp_(averages, parameters, 1 - args.ema_decay)
+
+        record = None
+        if log_due or eval_due:
+            seconds = (time.perf_counter() - timer) / timed_steps
+            record = {"step": step, "loss": sum(loss for loss, _ in interval) / len(interval),
+                      "grad_norm": sum(norm for _, norm in interval) / len(interval), "lr": args.lr,
+                      "seconds_per_step": seconds, "clips_per_second": args.batch_size / seconds,
+                      "peak_memory_mb": peak_memory(device) / 2**20}
+            interval = []
+        if eval_due:
+            quartiles = held_out_loss(ema, diffusion, held_out, args, device, rank, world_size).tolist()
+            record |= {"held_out_loss": sum(quartiles) / 4, "held_out_quartiles": quartiles}
+        if record and rank == 0:
+            with open(log_path, "a") as log:
+                log.write(json.dumps(record) + "\n")
+            eta = datetime.timedelta(seconds=round((args.steps - step) * record["seconds_per_step"]))
+            held_out_text = f"  held-out {record['held_out_loss']:.4f}" if eval_due else ""
+            bar.write(f"step {step}/{args.steps}  loss {record['loss']:.4f}{held_out_text}  grad norm "
+                      f"{record['grad_norm']:.3f}  {record['seconds_per_step']:.3f} s/step  "
+                      f"{record['clips_per_second']:.1f} clips/s  {record['peak_memory_mb']:.0f} MB  ETA {eta}")
+            if tensorboard:
+                for name in ("loss", "grad_norm", "seconds_per_step", "held_out_loss"):
+                    if name in record:
+                        tensorboard.add_scalar(name, record[name], step)
+        if save_due and rank == 0:
+            save_checkpoint(args.out, step, config, net, ema, optimizer, interval)
+        if sample_due:
+            sample_grid(ema, diffusion, args, args.out / "samples" / f"step_{step:07d}.gif", rank, world_size)
+        if record or sample_due:
+            timer, timed_steps = time.perf_counter(), 0
+        if end or stop:
+            break
+
+    bar.close()
+    if rank == 0:
+        if step < args.steps:
+            print(f"stopped at step {step}, saved in {args.out}; the same command goes on from there")
+        else:
+            print(f"done: {args.out / 'samples' / f'step_{step:07d}.gif'}; python sample.py --ckpt "
+                  f"{args.out / 'ckpt.pt'} draws more")
+    if tensorboard:
+        tensorboard.close()
+
+
+def main():
+    try:
+        train(parse_args())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run("train.py", main)
