@@ -23,6 +23,7 @@ from s4d import LayerNorm, TemporalSSM
 
 TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "none")
 SPATIAL_HEAD_DIM = 32
+MAX_SEQUENCES = 2 ** 15  # per call of attention: its fused CUDA kernels fail beyond 65,535, a batch of 64 at 32x32
 
 
 @dataclass
@@ -124,7 +125,9 @@ class TemporalAttention(nn.Module):
         x = rearrange(x, "b c f h w -> (b h w) f c")
         q, k, v = rearrange(self.to_qkv(x), "p f (three heads d) -> three p heads f d", three=3, heads=self.heads)
         q, k = rotary_embedding(q, self.rotary_freqs), rotary_embedding(k, self.rotary_freqs)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))           # p heads f d
+        bias = bias.to(q.dtype)
+        out = torch.cat([F.scaled_dot_product_attention(*part, attn_mask=bias)              # p heads f d
+                         for part in zip(*(tensor.split(MAX_SEQUENCES) for tensor in (q, k, v)))])
         out = self.to_out(rearrange(out, "p heads f d -> p f (heads d)"))
         return rearrange(out, "(b h w) f c -> b c f h w", h=h, w=w)
 

@@ -47,6 +47,12 @@ def positive_int(text):
     return int(text)
 
 
+def non_negative_int(text):
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
 def choose_device(name=None):
     """The device that --device names, else the best one there is; under torchrun, this process's own GPU."""
     if name is None:
@@ -185,7 +191,7 @@ def parse_args():
     parser.add_argument("--num", "--num-samples", type=positive_int, default=16,
                         help="number of videos (under torchrun write --num-samples: --num is ambiguous to torchrun)")
     parser.add_argument("--batch-size", type=positive_int, default=8, help="videos drawn at once by each process")
-    parser.add_argument("--seed", type=int, default=0, help="sample i is a function of the seed and i")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="sample i is a function of the seed and i")
     parser.add_argument("--frames", type=positive_int, help="frames per video; none: as trained")
     parser.add_argument("--size", type=positive_int, help="height and width; none: as trained")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or latest weights")

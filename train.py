@@ -31,8 +31,8 @@ from tqdm import tqdm
 from data import DataError, MazeVideos, batches, open_videos, to_float
 from diffusion import Diffusion, training_noise
 from model import TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
-from sample import (CheckpointError, Parser, autocast, choose_device, draw, load_checkpoint, positive_int, replace_with,
-                    run, save_gif)
+from sample import (CheckpointError, Parser, autocast, choose_device, draw, load_checkpoint, non_negative_int, positive_int,
+                    replace_with, run, save_gif)
 
 # Table 5, a row per column; the settings that all of them share are the flags' defaults.
 PRESETS = {
@@ -44,14 +44,12 @@ PRESETS = {
     # not the paper's: the quick start, sized for a laptop CPU
     "tiny": dict(split="train", frames=16, size=16, diffusion_steps=256, lr=1e-3, batch_size=8, steps=700,
                  base_channels=24, channel_mults=(1, 2, 4), time_dim=128, heads=2, head_dim=32, state_size=64,
-                 mlp_dim=64, ema_start=100, ema_decay=0.9, log_every=25, eval_every=100, sample_every=350, save_every=100),
+                 mlp_dim=64, ema_start=100, ema_decay=0.9, log_every=25, eval_every=100, save_every=100),
 }
 
 # What may be different when a run goes on: neither the model nor the data come out differently.
 MAY_CHANGE = {"preset", "steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision",
-              "compile", "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device"}
-EVAL_CLIPS = 16
-GRID_SAMPLES = 9
+              "compile", "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips", "grid_samples"}
 
 
 class NotFinite(ValueError):
@@ -88,7 +86,7 @@ def make_parser():
     group.add_argument("--split", choices=("train", "test", "all"), default="train", help="videos to train on")
     group.add_argument("--frames", type=positive_int, default=16, help="frames per clip")
     group.add_argument("--size", type=positive_int, default=32, help="height and width")
-    group.add_argument("--workers", type=int, default=2, help="data loading processes per training process")
+    group.add_argument("--workers", type=non_negative_int, default=2, help="data loading processes per training process")
 
     group = parser.add_argument_group("network")
     group.add_argument("--temporal", choices=TEMPORAL_LAYERS, default="ssm", help="temporal layer")
@@ -119,8 +117,8 @@ def make_parser():
     group.add_argument("--grad-clip", type=positive_float, help="largest gradient norm; none: not clipped")
     group.add_argument("--ema-decay", type=fraction, default=0.995, help="decay of the averaged weights, per update")
     group.add_argument("--ema-every", type=positive_int, default=10, help="steps between two updates of the average")
-    group.add_argument("--ema-start", type=int, default=2000, help="until this step the average is a copy")
-    group.add_argument("--seed", type=int, default=0, help="of the first weights, clips, timesteps and noise")
+    group.add_argument("--ema-start", type=non_negative_int, default=2000, help="until this step the average is a copy")
+    group.add_argument("--seed", type=non_negative_int, default=0, help="of the first weights, clips, timesteps and noise")
 
     group = parser.add_argument_group("speed and memory")
     group.add_argument("--device", help="cpu, cuda, mps; none: the best there is")
@@ -135,6 +133,8 @@ def make_parser():
     group.add_argument("--eval-every", type=positive_int, default=1000, help="steps between held-out losses")
     group.add_argument("--sample-every", type=positive_int, default=10_000, help="steps between sample grids")
     group.add_argument("--save-every", type=positive_int, default=1000, help="steps between checkpoints")
+    group.add_argument("--eval-clips", type=non_negative_int, default=16, help="clips of the held-out loss; 0: no such loss")
+    group.add_argument("--grid-samples", type=non_negative_int, default=9, help="videos in a sample grid; 0: no grids")
     group.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
     group.add_argument("--dry-run", action="store_true", help="print what would be trained, and exit")
     return parser
@@ -176,8 +176,6 @@ def check_args(args, world_size):
         raise ValueError(f"--size {args.size} is not divisible by {factor}, which {len(args.channel_mults)} levels need")
     if args.base_channels % 8:
         raise ValueError(f"--base-channels {args.base_channels}: expected a multiple of 8, the groups of GroupNorm")
-    if args.workers < 0:
-        raise ValueError(f"--workers {args.workers}: expected 0 or more")
 
 
 # ---------------------------------------------------------------------------------------- checkpoints and logs
@@ -256,8 +254,8 @@ def held_out_loss(net, diffusion, videos, args, device, rank, world_size):
 
     The same for every seed, world size and step, so that its curve is smooth where the training loss is noisy.
     """
-    losses = torch.zeros(EVAL_CLIPS, 4, device=device)
-    for i in range(rank, EVAL_CLIPS, world_size):
+    losses = torch.zeros(args.eval_clips, 4, device=device)
+    for i in range(rank, args.eval_clips, world_size):
         x_0 = to_float(torch.from_numpy(videos.clip(i))).to(device)                         # c f h w
         draws = [training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T) for quartile in range(4)]
         t = torch.cat([(quartile * diffusion.T + t) // 4 for quartile, (t, _) in enumerate(draws)]).to(device)
@@ -271,8 +269,8 @@ def held_out_loss(net, diffusion, videos, args, device, rank, world_size):
 
 def sample_grid(net, diffusion, args, path, rank, world_size):
     """Write the first samples side by side to `path`; the processes share the work."""
-    videos = torch.zeros(GRID_SAMPLES, args.frames, args.size, args.size, 3, dtype=torch.uint8, device=diffusion.device)
-    indices = range(rank, GRID_SAMPLES, world_size)
+    videos = torch.zeros(args.grid_samples, args.frames, args.size, args.size, 3, dtype=torch.uint8, device=diffusion.device)
+    indices = range(rank, args.grid_samples, world_size)
     if indices:
         def progress(steps):
             return tqdm(steps, desc="sampling", leave=False, disable=True if rank else None)
@@ -295,6 +293,11 @@ def check_finite(pending, first_step, args):
                             "--grad-clip 1, or --precision float32")
 
 
+def wait_for_all(world_size):
+    if world_size > 1:
+        dist.all_reduce(torch.zeros(1))  # a CPU tensor: gloo, on GPU machines too
+
+
 def open_data(args, device, rank, local_rank, world_size):
     """-> (training videos, held-out videos, a line about both)."""
     # A folder is packed by one process while the others wait; on further machines by one each, unless they share the
@@ -302,8 +305,7 @@ def open_data(args, device, rank, local_rank, world_size):
     for mine in [rank == 0, local_rank == 0, True] if world_size > 1 else [True]:
         if mine:
             videos = open_videos(args.data, args.frames, args.size, args.split)
-        if world_size > 1:
-            dist.barrier()
+        wait_for_all(world_size)
     about = "embedded maze walks"
     if not isinstance(videos, MazeVideos):
         about = (f"{len(videos.videos)} videos with {videos.num_windows} clips of {args.frames} frames from {args.data}; "
@@ -350,12 +352,14 @@ def train(args):
     videos, held_out, about_data = open_data(args, device, rank, local_rank, world_size)
     config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
               if name not in ("out", "dry_run")}
-    (args.out / "samples").mkdir(parents=True, exist_ok=True)
+    try:
+        (args.out / "samples").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--out {args.out} cannot be made ({error.strerror}); choose another folder") from None
     ckpt = load_newest(args.out)
     if ckpt:
         check_resume(config, ckpt["config"], args.out)
-    if world_size > 1:
-        dist.barrier()  # all have read the checkpoint before anything is written
+    wait_for_all(world_size)  # all have read the checkpoint before anything is written
     log_path = args.out / "log.jsonl"
     first_step = ckpt["step"] if ckpt else 0
     if rank == 0:
@@ -443,8 +447,10 @@ def train(args):
         bar.update()
 
         end, stop = step == args.steps, stop_asked()
-        log_due, eval_due = step % args.log_every == 0 or end, step % args.eval_every == 0 or end
-        save_due, sample_due = step % args.save_every == 0 or end or stop, step % args.sample_every == 0 or end
+        log_due = step % args.log_every == 0 or end
+        eval_due = args.eval_clips and (step % args.eval_every == 0 or end)
+        save_due = step % args.save_every == 0 or end or stop
+        sample_due = args.grid_samples and (step % args.sample_every == 0 or end)
         ema_due = step % args.ema_every == 0
         if not (log_due or eval_due or save_due or sample_due or ema_due):
             continue
