@@ -424,8 +424,10 @@ class _Schedule(Sampler):
 
 
 def _ignore_interrupts(_worker):
-    # Ctrl-C goes to every process of the terminal; the main one decides what it means, and ends the workers.
+    # Ctrl-C goes to every process of the terminal, a scheduler's SIGTERM to every one of the job. What they mean is the
+    # main process's to decide, which still needs its data then; when it ends the workers it sends a SIGTERM again.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -706,8 +708,9 @@ def _write_packed(out, size, videos, count, skipped):
                 raise
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
-    print(f"packed {len(entries)} videos, {total} frames of {size}x{size}, into {out} "
-          f"({total * size**2 * 3 / 1e6:.1f} MB)")
+    splits = collections.Counter(video["split"] for video in entries)
+    print(f"packed {len(entries)} videos ({', '.join(f'{splits[split]} {split}' for split in sorted(splits))}), "
+          f"{total} frames of {size}x{size}, into {out} ({total * size**2 * 3 / 1e6:.1f} MB)")
     if skipped:
         print(f"skipped {len(skipped)}:")
         for video in skipped[:10]:

@@ -106,58 +106,51 @@ class RelativePositionBias(nn.Module):
 
 
 class TemporalAttention(nn.Module):
-    """Attention over the frames at each position, as in VDM: pre-norm, residual, rotary, relative bias, no biases."""
+    """Attention over the frames at each position, as in VDM: pre-norm, residual, rotary, relative bias, no biases.
+
+    head_dim: even, or at least 32. forward: x (b, c, f, h, w), bias (heads, f, f) -> (b, c, f, h, w).
+    """
 
     def __init__(self, channels, heads, head_dim):
         super().__init__()
+        if head_dim < 32 and head_dim % 2:
+            raise ValueError(f"head_dim is {head_dim}; the rotary embedding turns pairs of features, so expected an even "
+                             "number, or 32 and more")
         self.heads = heads
         self.norm = LayerNorm(channels)
         self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, channels, bias=False)
         self.register_buffer("rotary_freqs", rotary_frequencies(head_dim), persistent=False)
 
-    def forward(self, x, bias):
-        """x: (b, c, f, h, w), bias: (heads, f, f) -> (b, c, f, h, w)."""
+    def forward(self, x, bias=None):
         return x + self.mix(self.norm(x), bias)
 
-    def mix(self, x, bias):
+    def mix(self, x, bias=None):
+        """Everything between the normalisation and the residual: (b, c, f, h, w) -> (b, c, f, h, w)."""
         h, w = x.shape[-2:]
         x = rearrange(x, "b c f h w -> (b h w) f c")
         q, k, v = rearrange(self.to_qkv(x), "p f (three heads d) -> three p heads f d", three=3, heads=self.heads)
         q, k = rotary_embedding(q, self.rotary_freqs), rotary_embedding(k, self.rotary_freqs)
-        bias = bias.to(q.dtype)
-        out = torch.cat([F.scaled_dot_product_attention(*part, attn_mask=bias)              # p heads f d
-                         for part in zip(*(tensor.split(MAX_SEQUENCES) for tensor in (q, k, v)))])
+        out = self.attend(q, k, v, bias)                                                    # p heads f d
         out = self.to_out(rearrange(out, "p heads f d -> p f (heads d)"))
         return rearrange(out, "(b h w) f c -> b c f h w", h=h, w=w)
 
+    def attend(self, q, k, v, bias):
+        """q, k, v: (p, heads, f, d) -> (p, heads, f, d)."""
+        bias = bias.to(q.dtype)
+        outs = [F.scaled_dot_product_attention(*part, attn_mask=bias)
+                for part in zip(*(tensor.split(MAX_SEQUENCES) for tensor in (q, k, v)))]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
-class TemporalLinearAttention(nn.Module):
-    """Attention over the frames whose cost is linear in them: softmax of q over features, of k over frames."""
 
-    def __init__(self, channels, heads, head_dim):
-        super().__init__()
-        self.heads = heads
-        self.norm = LayerNorm(channels)
-        self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, channels, bias=False)
-        self.register_buffer("rotary_freqs", rotary_frequencies(head_dim), persistent=False)
+class TemporalLinearAttention(TemporalAttention):
+    """Attention over the frames whose cost is linear in them: softmax of q over features, of k over frames; no bias."""
 
-    def forward(self, x):
-        """x: (b, c, f, h, w) -> (b, c, f, h, w)."""
-        return x + self.mix(self.norm(x))
-
-    def mix(self, x):
-        h, w = x.shape[-2:]
-        x = rearrange(x, "b c f h w -> (b h w) f c")
-        q, k, v = rearrange(self.to_qkv(x), "p f (three heads d) -> three p heads f d", three=3, heads=self.heads)
-        q, k = rotary_embedding(q, self.rotary_freqs), rotary_embedding(k, self.rotary_freqs)
+    def attend(self, q, k, v, bias):
         q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
         k = k.softmax(dim=-2)
         context = torch.einsum("pnfd,pnfe->pnde", k, v)                                     # p heads d e
-        out = torch.einsum("pnde,pnfd->pnfe", context, q)                                   # p heads f e
-        out = self.to_out(rearrange(out, "p heads f d -> p f (heads d)"))
-        return rearrange(out, "(b h w) f c -> b c f h w", h=h, w=w)
+        return torch.einsum("pnde,pnfd->pnfe", context, q)
 
 
 # ---------------------------------------------------------------------------------------- spatial layers
@@ -232,12 +225,11 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x):
         h, w = x.shape[-2:]
-        tokens = rearrange(self.norm(x), "b c f h w -> b f (h w) c")
-        q, k, v = rearrange(self.to_qkv(tokens), "b f p (three heads d) -> three b f heads p d", three=3,
-                            heads=self.heads)
-        out = F.scaled_dot_product_attention(q, k, v)                                       # b f heads p d
-        out = self.to_out(rearrange(out, "b f heads p d -> b f p (heads d)"))
-        return x + rearrange(out, "b f (h w) c -> b c f h w", h=h, w=w)
+        tokens = rearrange(self.norm(x), "b c f h w -> (b f) (h w) c")
+        q, k, v = rearrange(self.to_qkv(tokens), "n p (three heads d) -> three n heads p d", three=3, heads=self.heads)
+        out = F.scaled_dot_product_attention(q, k, v)                                       # (b f) heads p d
+        out = self.to_out(rearrange(out, "n heads p d -> n p (heads d)"))
+        return x + rearrange(out, "(b f) (h w) c -> b c f h w", b=len(x), h=h, w=w)
 
 
 # ---------------------------------------------------------------------------------------- the network
@@ -344,7 +336,7 @@ class UNet3D(nn.Module):
 
     def run(self, block, *args):
         if self.grad_checkpoint and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
+            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
         return block(*args)
 
     def check_shapes(self, x, t):

@@ -62,23 +62,20 @@ class S4DKernel(nn.Module):
             return (left @ right).flatten(1)[:, :L]                                         # d L
 
 
-def ssm_conv(u, kernels):
+def ssm_conv(u, kernels, positions):
     """Long convolutions of one input: y_k = Σ_{j≤k} K_{k-j} u_j, or backward in time, y_k = Σ_{j≥k} K_{j-k} u_j.
 
-    u: (d, L, p); kernels: list of (K, reverse) with K (d, L) -> list of outputs (d, L, p), one per kernel.
+    u: (d, L, p); kernels: list of (K, reverse) with K (d, L); positions: how many of the p belong to one video
+    -> list of outputs (d, L, p), one per kernel.
+
+    By a matrix product up to L = positions (and 1024), by FFT beyond. The matrix (d, L, L) is then no larger than the
+    input, so memory stays linear in the frames; and the choice does not rest on p, so that a video comes out the same
+    whatever else is in its batch. Forward and backward pass of both directions on one CPU thread (AVX-512), matrix
+    product against FFT, in ms: L 64, p 1024, d 64: 47, 476. L 200, p 64, d 256: 218, 182. L 400, p 1024, d 64: 1867,
+    4545. L 400, p 16, d 512: 1379, 190.
     """
-    return (toeplitz_conv if prefer_toeplitz(*u.shape[1:]) else fft_conv)(u, kernels)
-
-
-def prefer_toeplitz(L, p):
-    """Whether L frames at p positions are convolved by a matrix product rather than by FFT.
-
-    The matrix (d, L, L) is no larger than the input (d, L, p) while L <= p, so memory stays linear in the frames.
-    Forward and backward pass of both directions on one CPU thread (AVX-512), Toeplitz against FFT, in ms:
-    L 64, p 1024, d 64: 47, 476. L 200, p 64, d 256: 218, 182. L 400, p 1024, d 64: 1867, 4545. L 400, p 16, d 512:
-    1379, 190.
-    """
-    return L <= min(p, 1024)
+    conv = toeplitz_conv if u.shape[1] <= min(positions, 1024) else fft_conv
+    return conv(u, kernels)
 
 
 def toeplitz_conv(u, kernels):
@@ -134,7 +131,7 @@ def linear(x, layer):
 class S4D(nn.Module):
     """The S4D layer: GLU(Linear(GELU(K * u + D u))), forward in time or, with `reverse`, backward.
 
-    d: channels. state_size: N. forward: u (d, L, p) -> (d, L, p), p sequences of length L side by side.
+    d: channels. state_size: N. forward: u (d, L, p) -> (d, L, p), the p positions of one video side by side.
     """
 
     def __init__(self, d, state_size=512, reverse=False):
@@ -154,7 +151,7 @@ class S4D(nn.Module):
         return F.glu(linear(F.gelu(y), self.output_linear), dim=0)
 
     def forward(self, u):
-        [y] = ssm_conv(u, [(self.impulse_response(u.shape[1]), self.reverse)])
+        [y] = ssm_conv(u, [(self.impulse_response(u.shape[1]), self.reverse)], positions=u.shape[2])
         return self.output(y)
 
 
@@ -225,7 +222,8 @@ class TemporalSSM(nn.Module):
         h = H.reshape(b, c, f, -1).permute(1, 2, 0, 3).flatten(2)                   # c f p, a view when b = 1
         if self.mlp_position == "pre":
             h = self.apply_mlp(h)
-        ys = ssm_conv(h, [(ssm.impulse_response(f), ssm.reverse) for ssm in self.directions])
+        kernels = [(ssm.impulse_response(f), ssm.reverse) for ssm in self.directions]
+        ys = ssm_conv(h, kernels, positions=h.shape[2] // b)
         U = sum(ssm.output(y) for ssm, y in zip(self.directions, ys))               # c f p
         if self.mlp_position == "post":
             U = self.apply_mlp(U)

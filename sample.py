@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import time
 from pathlib import Path
@@ -41,15 +42,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def positive_int(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+def non_negative_int(text):
+    if not text.isdigit() or int(text) >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on, or too large")
     return int(text)
 
 
-def non_negative_int(text):
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+def positive_int(text):
+    if non_negative_int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
 
 
@@ -59,23 +60,31 @@ def choose_device(name=None):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if not re.fullmatch(r"cpu|mps|cuda:\d+", name):
+        raise ValueError(f"--device {name}: expected cpu, cuda, cuda:N or mps")
     device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: there is no such device here")
     if device.type == "cuda":
-        if not torch.cuda.is_available() or device.index >= torch.cuda.device_count():
-            raise ValueError(f"--device {name}: {torch.cuda.device_count()} CUDA devices here")
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here")
         torch.cuda.set_device(device)
     return device
 
 
+def choose_precision(device, precision):
+    """What --precision auto stands for on a device: "bf16" where it computes in it, else "float32"."""
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # not in every release, nor public
+    return "bf16" if device.type == "cpu" and native and native() else "float32"
+
+
 def autocast(device, precision):
-    """The autocast context for --precision: bf16, float32, or auto, which is bf16 where the device computes in it."""
-    if precision == "auto":
-        if device.type == "cuda":
-            supported = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            supported = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        precision = "bf16" if supported else "float32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """The autocast context for a --precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=choose_precision(device, precision) == "bf16")
 
 
 def load_checkpoint(path):
@@ -99,7 +108,9 @@ def load_checkpoint(path):
 
 
 def newest_checkpoint(root="out"):
-    found = sorted(Path(root).glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    # for a moment while a checkpoint is written there is only the one before
+    found = [path for name in ("ckpt_previous.pt", "ckpt.pt") for path in Path(root).glob(f"**/{name}")]
+    found.sort(key=lambda path: path.stat().st_mtime)
     if not found:
         raise CheckpointError(f"no ckpt.pt under {Path(root).absolute()}; train one (python train.py --preset tiny) "
                               "or name it with --ckpt")
@@ -221,7 +232,8 @@ def main():
     # everything that shapes the samples
     request = {"checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "step": ckpt["step"],
                "weights": args.weights, "num": args.num, "frames": frames, "size": size, "seed": args.seed,
-               "sampler": "ddpm", "sampling_steps": diffusion.T, "precision": args.precision}
+               "sampler": "ddpm", "sampling_steps": diffusion.T, "device": device.type,
+               "precision": choose_precision(device, args.precision)}
     about = out.with_name(out.name + ".json")
     if out.exists():
         if about.exists() and json.loads(about.read_text()) == request:
@@ -245,8 +257,9 @@ def main():
     def part(i):
         return parts / f"{i:07d}.npy"
 
-    # Batches are the same ones whatever the number of processes and restarts; the processes take them in turn.
-    batches = [range(first, min(first + args.batch_size, args.num)) for first in range(0, args.num, args.batch_size)]
+    # The processes take batches in turn; small ones if there would not be one for each.
+    batch_size = min(args.batch_size, math.ceil(args.num / world_size))
+    batches = [range(first, min(first + batch_size, args.num)) for first in range(0, args.num, batch_size)]
     mine = [batch for batch in batches[rank::world_size] if not all(part(i).exists() for i in batch)]
     with tqdm(total=len(mine) * diffusion.T, unit="step", disable=True if rank else None) as bar:
         def progress(steps):
@@ -294,12 +307,19 @@ def run(name, main):
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(f"{name}: interrupted; the same command goes on from here")
+        message = "interrupted; the same command goes on from here"
     except torch.OutOfMemoryError as error:
-        sys.exit(f"{name}: out of GPU memory ({str(error).split('. ')[0]}); try a smaller --batch-size, or for train.py "
-                 "--grad-checkpoint or --grad-accum")
-    except (ValueError, OSError) as error:
-        sys.exit(f"{name}: {error}")
+        message = (f"out of GPU memory ({str(error).split('. ')[0]}); try a smaller --batch-size, or for train.py "
+                   "--grad-checkpoint or --grad-accum")
+    except OSError as error:
+        message = str(error)
+    except ValueError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)):  # the first process of each machine says it for all
+            sys.exit(1)
+        message = str(error)
+    else:
+        return
+    sys.exit(f"{name}: {message}")
 
 
 if __name__ == "__main__":

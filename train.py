@@ -203,28 +203,33 @@ def save_checkpoint(out, step, config, net, ema, optimizer, interval):
 
 
 def load_newest(out):
-    """The checkpoint to go on from, or None for a new run. A damaged one is passed over for the one before."""
-    paths = [path for path in (out / "ckpt.pt", out / "ckpt_previous.pt") if path.exists()]
-    for path in paths:
-        try:
-            return load_checkpoint(path)
-        except CheckpointError as error:
-            if path == paths[-1]:
-                raise CheckpointError(f"{error}; move it away or choose another --out to start afresh") from None
-            print(f"{error}; going on from {paths[-1]}")
+    """-> (the checkpoint to go on from, or None for a new run; a line about a damaged one that was passed over)."""
+    problems = []
+    for path in (out / "ckpt.pt", out / "ckpt_previous.pt"):
+        if path.exists():
+            try:
+                return load_checkpoint(path), "".join(f"{problem}; kept as ckpt_damaged.pt, going on from {path.name}"
+                                                      for problem in problems)
+            except CheckpointError as error:
+                problems.append(error)
+    if problems:
+        raise CheckpointError(f"{problems[0]}; there is no other to go on from, so move it away or choose another --out")
+    return None, ""
 
 
 def check_resume(config, saved, out):
-    """Print the settings that changed since the checkpoint. Raises ValueError for those that must not change."""
-    for name in config:
-        old, new = saved.get(name), config[name]
+    """-> lines about settings that changed since the checkpoint. Raises ValueError for those that must not change."""
+    lines = []
+    for name, new in config.items():
+        old = saved.get(name, make_parser().get_default(name))  # a checkpoint may be older than a flag
         if old == new:
             continue
         flag = "--" + name.replace("_", "-")
         if name not in MAY_CHANGE:
             raise ValueError(f"{out} holds a run with {flag} {old}, not {new}; give {flag} {old} to go on with it, or "
                              "another --out for a new run")
-        print(f"changed: {flag} {old} -> {new}")
+        lines.append(f"changed: {flag} {old} -> {new}")
+    return lines
 
 
 def trim_log(path, step):
@@ -298,7 +303,7 @@ def wait_for_all(world_size):
         dist.all_reduce(torch.zeros(1))  # a CPU tensor: gloo, on GPU machines too
 
 
-def open_data(args, device, rank, local_rank, world_size):
+def open_data(args, rank, local_rank, world_size):
     """-> (training videos, held-out videos, a line about both)."""
     # A folder is packed by one process while the others wait; on further machines by one each, unless they share the
     # cache.
@@ -310,7 +315,7 @@ def open_data(args, device, rank, local_rank, world_size):
     if not isinstance(videos, MazeVideos):
         about = (f"{len(videos.videos)} videos with {videos.num_windows} clips of {args.frames} frames from {args.data}; "
                  f"{videos.num_too_short} videos are shorter and left out")
-    if args.split == "train" and "test" in videos.splits:
+    if isinstance(videos, MazeVideos) or args.split == "train" and "test" in videos.splits:
         with contextlib.suppress(DataError):  # test videos may all be too short
             held_out = open_videos(args.data, args.frames, args.size, "test")
             return videos, held_out, f"{about}; held-out loss on the test split"
@@ -344,34 +349,38 @@ def train(args):
     if args.dry_run:
         return
     if world_size > 1:
-        # gloo too on GPUs: whether to stop is agreed on without waiting for the device
+        # Gloo too on GPUs: whether to stop is agreed on without waiting for the device. Hours, since one process may
+        # pack a large folder while the others wait; torchrun notices sooner than a timeout when one dies.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(hours=6))
 
     # ---- everything that can be wrong with the data, the folder or the checkpoint shows here, before any training
-    videos, held_out, about_data = open_data(args, device, rank, local_rank, world_size)
-    config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-              if name not in ("out", "dry_run")}
-    try:
-        (args.out / "samples").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"--out {args.out} cannot be made ({error.strerror}); choose another folder") from None
-    ckpt = load_newest(args.out)
-    if ckpt:
-        check_resume(config, ckpt["config"], args.out)
-    wait_for_all(world_size)  # all have read the checkpoint before anything is written
-    log_path = args.out / "log.jsonl"
-    first_step = ckpt["step"] if ckpt else 0
+    videos, held_out, about_data = open_data(args, rank, local_rank, world_size)
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "dry_run")}
     if rank == 0:
-        print(about_data)
+        try:
+            (args.out / "samples").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"--out {args.out} cannot be made ({error.strerror}); choose another folder") from None
+    wait_for_all(world_size)
+    ckpt, notice = load_newest(args.out)
+    changes = check_resume(config, ckpt["config"], args.out) if ckpt else []
+    first_step = ckpt["step"] if ckpt else 0
+    if world_size > 1:
+        steps = torch.tensor([first_step, -first_step])
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps[0] != -steps[1]:
+            raise ValueError(f"--out {args.out} holds different checkpoints on different machines; expected a folder "
+                             "that all of them share")
+    log_path = args.out / "log.jsonl"
+    if rank == 0:
+        print("\n".join([about_data, *filter(None, [notice]), *changes]))
         if ckpt:
             print(f"going on from step {first_step} of {args.steps}")
+        if notice:
+            os.replace(args.out / "ckpt.pt", args.out / "ckpt_damaged.pt")
         replace_with(args.out / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=1)))
         trim_log(log_path, first_step)
-    if first_step >= args.steps:
-        if rank == 0:
-            print(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
-        return
 
     # ---- network, average, optimiser
     diffusion = Diffusion(args.diffusion_steps, device)
@@ -387,10 +396,25 @@ def train(args):
         optimizer.param_groups[0]["lr"] = args.lr
         interval = ckpt["interval"]
         del ckpt
+
+    def samples_due(step):
+        return args.grid_samples and step > 0 and (step % args.sample_every == 0 or step == args.steps)
+
+    def draw_grid(step):
+        path = args.out / "samples" / f"step_{step:07d}.gif"
+        if samples_due(step) and not path.exists():
+            sample_grid(ema, diffusion, args, path, rank, world_size)
+
+    draw_grid(first_step)  # the last run may have been stopped before it could
+    if first_step >= args.steps:
+        if rank == 0:
+            print(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
+        return
+
     forward = torch.compile(net) if args.compile else net
     if world_size > 1:
-        forward = DistributedDataParallel(forward, device_ids=[local_rank] if device.type == "cuda" else None,
-                                          gradient_as_bucket_view=True)
+        forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None,
+                                          gradient_as_bucket_view=True, broadcast_buffers=False)
     parameters, averages = list(net.parameters()), list(ema.parameters())
     tensorboard = None
     if args.tensorboard and rank == 0:
@@ -450,9 +474,8 @@ def train(args):
         log_due = step % args.log_every == 0 or end
         eval_due = args.eval_clips and (step % args.eval_every == 0 or end)
         save_due = step % args.save_every == 0 or end or stop
-        sample_due = args.grid_samples and (step % args.sample_every == 0 or end)
         ema_due = step % args.ema_every == 0
-        if not (log_due or eval_due or save_due or sample_due or ema_due):
+        if not (log_due or eval_due or save_due or samples_due(step) or ema_due):
             continue
 
         # the only places where the host waits for the device
@@ -463,11 +486,11 @@ def train(args):
         check_finite(values.tolist(), step - len(pending) + 1, args)
         interval += values.tolist()
         pending = []
-        if ema_due:
-            if step < args.ema_start:
-                torch._foreach_copy_(averages, parameters)
-            else:
-                torch._foreach_lerp_(averages, parameters, 1 - args.ema_decay)
+        next_update = math.ceil(step / args.ema_every) * args.ema_every
+        if next_update < args.ema_start:  # a copy then, so a copy now, for whatever is due, changes nothing later
+            torch._foreach_copy_(averages, parameters)
+        elif ema_due:
+            torch._foreach_lerp_(averages, parameters, 1 - args.ema_decay)
 
         record = None
         if log_due or eval_due:
@@ -494,9 +517,8 @@ def train(args):
                         tensorboard.add_scalar(name, record[name], step)
         if save_due and rank == 0:
             save_checkpoint(args.out, step, config, net, ema, optimizer, interval)
-        if sample_due:
-            sample_grid(ema, diffusion, args, args.out / "samples" / f"step_{step:07d}.gif", rank, world_size)
-        if record or sample_due:
+        draw_grid(step)
+        if record or samples_due(step):
             timer, timed_steps = time.perf_counter(), 0
         if end or stop:
             break
@@ -506,18 +528,15 @@ def train(args):
         if step < args.steps:
             print(f"stopped at step {step}, saved in {args.out}; the same command goes on from there")
         else:
-            print(f"done: {args.out / 'samples' / f'step_{step:07d}.gif'}; python sample.py --ckpt "
-                  f"{args.out / 'ckpt.pt'} draws more")
+            print(f"done; pictures in {args.out / 'samples'}; python sample.py --ckpt {args.out / 'ckpt.pt'} draws more")
     if tensorboard:
         tensorboard.close()
 
 
 def main():
-    try:
-        train(parse_args())
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    train(parse_args())
+    if dist.is_initialized():  # not after an error: it would wait for the other processes
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
