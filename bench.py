@@ -12,8 +12,8 @@ and compute the same function (test_all.py says so to 1e-10).
 Each formulation runs in a process of its own. The processes take turns, one step each, and the median is reported.
 Memory is the growth of the resident set from before the first step to its peak on the CPU, the allocator's peak on CUDA.
 """
-import argparse
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -27,6 +27,7 @@ from einops import rearrange
 from diffusion import Diffusion
 from model import TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
 from s4d import TemporalSSM
+from sample import Parser, choose_device, positive_int, run
 
 
 class TextbookTemporalSSM(nn.Module):
@@ -107,13 +108,21 @@ def make_step(args, textbook):
     return step, count_parameters(net)
 
 
+def resident_bytes():
+    """What the process holds in memory now; where the system does not tell, the most it ever held."""
+    if os.path.exists("/proc/self/statm"):
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def serve(args, textbook, pipe):
     """Run a step for every message that comes, and answer with (seconds, peak bytes so far, parameters)."""
     torch.set_num_threads(args.threads)
     step, parameters = make_step(args, textbook)
     cuda = args.device == "cuda"
     unit = 1 if sys.platform == "darwin" else 1024
-    before = 0 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    before = 0 if cuda else resident_bytes()
     pipe.send("ready")
     while pipe.recv() == "step":
         start = time.perf_counter()
@@ -126,22 +135,23 @@ def serve(args, textbook, pipe):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Time and memory of this implementation against the textbook one.")
+    parser = Parser(prog="bench.py", description="Time and memory of this implementation against the textbook one.")
     parser.add_argument("what", choices=("layer", "step"), help="the temporal SSM layer alone, or a whole training step")
-    parser.add_argument("--channels", type=int, default=64, help="layer: its width (default 64)")
-    parser.add_argument("--state-size", type=int, default=512, help="layer: N (default 512)")
-    parser.add_argument("--base-channels", type=int, default=64, help="step: width of the network (default 64)")
+    parser.add_argument("--channels", type=positive_int, default=64, help="layer: its width (default 64)")
+    parser.add_argument("--state-size", type=positive_int, default=512, help="layer: N (default 512)")
+    parser.add_argument("--base-channels", type=positive_int, default=64, help="step: width of the network (default 64)")
     parser.add_argument("--temporal", choices=TEMPORAL_LAYERS, default="ssm", help="step: temporal layer (default ssm)")
     parser.add_argument("--grad-checkpoint", action="store_true", help="step: recompute blocks in the backward pass")
-    parser.add_argument("--frames", type=int, default=64)
-    parser.add_argument("--size", type=int, default=32, help="height and width (default 32)")
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--frames", type=positive_int, default=64)
+    parser.add_argument("--size", type=positive_int, default=32, help="height and width (default 32)")
+    parser.add_argument("--batch-size", type=positive_int, default=1)
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of each, after one to warm up (default 5)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="timed steps of each, after one to warm up (default 5)")
+    parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--only", choices=("ours", "textbook"), help="run one formulation, not both")
     args = parser.parse_args()
+    args.device = choose_device(args.device).type
 
     context = multiprocessing.get_context("spawn")
     pipes, results = {}, {}
@@ -173,4 +183,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run("bench.py", main)

@@ -309,7 +309,9 @@ class PackedVideos:
         self.path, self.frames, self.size, self.split = Path(path), frames, size, split
         array = _open_array(self.path)
         height, width = array.shape[-3:-1]
-        if (height, width) != (size, size):
+        if height != width:
+            raise DataError(f"{path} holds frames of {height}x{width}, which are not square; pack it to crop them")
+        if height != size:
             raise DataError(f"--size {size}: {path} holds frames of {height}x{width}; use --size {height}, "
                             f"or pack the videos again with --size {size}")
         self._pixels = array.reshape(-1, size, size, 3)
@@ -481,6 +483,8 @@ def _find_videos(source):
     if not source.is_dir():
         if source.suffix.lower() not in VIDEO_FILES or not source.is_file():
             raise DataError(f"{source} is not a video; expected a folder or one of {' '.join(sorted(VIDEO_FILES))}")
+        if _is_packed(source):
+            raise DataError(f"{source} is packed already; use it as it is, or pack what it was made from")
         return [(source.name, source)], []
     found, errors, entered = [], [], set()
     for folder, subfolders, files in os.walk(source, followlinks=True, onerror=errors.append):
@@ -727,14 +731,21 @@ def _npy_header(shape):
 
 
 def _pack_mazes(out, size, frames, num, seed):
-    if num < 1:
-        raise DataError(f"--num {num}: expected 1 or more")
+    if num < 1 or seed < 0:
+        raise DataError(f"--num {num} --seed {seed}: expected 1 or more videos, and a seed from 0 on")
     videos = MazeVideos(frames, size)
     _write_packed(out, size, ((f"walk{i:05d}", None, "train", videos.clip(seed, i)) for i in range(num)), num, [])
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message):
+        self.exit(2, f"data.py: {message}\n")
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Packs videos into one .npy file that train.py and fvd.py read.")
+    parser = _Parser(description="Packs videos into one .npy file that train.py and fvd.py read.")
     parser.add_argument("source", help="a folder of videos, one video, or the word maze for the embedded walks")
     parser.add_argument("--size", type=int, required=True, help="height and width of the packed frames, in pixels")
     parser.add_argument("--out", required=True, help="the .npy file to write; its index goes beside it as .json")

@@ -11,18 +11,21 @@ processes does not enter, nor, but for the last bits of floating-point sums, doe
 again by the same command, it goes on where it was.
 """
 import argparse
+import datetime
 import hashlib
+import io
 import json
 import math
 import os
 import pickle
 import re
+import shutil
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -92,18 +95,28 @@ def load_checkpoint(path):
 
     Raises CheckpointError if it is missing, damaged, or something else.
     """
+    return parse_checkpoint(read_bytes(path), path)
+
+
+def read_bytes(path):
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        return Path(path).read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def parse_checkpoint(content, path):
+    try:
+        ckpt = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} is refused: it holds more than tensors and settings, code perhaps") from None
     except Exception as error:  # torch raises all sorts for a damaged file
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__}); "
                               "expected a ckpt.pt written by train.py") from None
-    missing = {"step", "config", "unet", "model", "ema", "optimizer"} - set(ckpt if isinstance(ckpt, dict) else ())
-    if missing:
-        raise CheckpointError(f"{path} is no checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
+    expected = {"step": int, "config": dict, "unet": dict, "model": dict, "ema": dict, "optimizer": dict, "interval": list}
+    wrong = [name for name, kind in expected.items() if not isinstance(ckpt, dict) or not isinstance(ckpt.get(name), kind)]
+    if wrong or not {"frames", "size", "diffusion_steps"} <= ckpt["config"].keys():
+        raise CheckpointError(f"{path} is no checkpoint of train.py: it lacks {', '.join(wrong or ['settings'])}")
     return ckpt
 
 
@@ -122,7 +135,7 @@ def load_network(ckpt, weights, device):
     try:
         net = UNet3D(UNetConfig(**ckpt["unet"]))
         net.load_state_dict(ckpt[weights])
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"the checkpoint does not fit this network: {' '.join(str(error).split())[:200]}") from None
     return net.to(device).eval().requires_grad_(False)
 
@@ -217,7 +230,8 @@ def main():
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(args.device)
     path = args.ckpt or newest_checkpoint()
-    ckpt = load_checkpoint(path)
+    content = read_bytes(path)
+    ckpt = parse_checkpoint(content, path)
     config = ckpt["config"]
     net = load_network(ckpt, args.weights, device)
     frames, size = args.frames or config["frames"], args.size or config["size"]
@@ -229,38 +243,44 @@ def main():
     out = args.out or path.with_name(f"samples_{ckpt['step']:07d}.npy")
     if out.suffix != ".npy":
         raise ValueError(f"--out {out}: expected a name that ends in .npy")
+    about, gif, mp4 = out.with_name(out.name + ".json"), out.with_suffix(".gif"), out.with_suffix(".mp4")
     # everything that shapes the samples
-    request = {"checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "step": ckpt["step"],
-               "weights": args.weights, "num": args.num, "frames": frames, "size": size, "seed": args.seed,
-               "sampler": "ddpm", "sampling_steps": diffusion.T, "device": device.type,
+    request = {"checkpoint_sha256": hashlib.sha256(content).hexdigest(), "step": ckpt["step"], "weights": args.weights,
+               "num": args.num, "frames": frames, "size": size, "seed": args.seed, "sampler": "ddpm",
+               "sampling_steps": diffusion.T, "device": device.type,
                "precision": choose_precision(device, args.precision)}
-    about = out.with_name(out.name + ".json")
+    if about.exists():
+        if about.read_text(errors="replace") != json.dumps(request, indent=1):
+            raise ValueError(f"{about} belongs to other samples; delete it and {out.name}, or name another file with --out")
+    else:
+        for file in (out, gif, mp4):
+            if file.exists():
+                raise ValueError(f"{file} exists already; delete it or name another file with --out")
     if out.exists():
-        if about.exists() and json.loads(about.read_text()) == request:
-            if rank == 0:
-                print(f"{out} is there already, drawn by this same command; delete it to draw it again")
-            return
-        raise ValueError(f"{out} exists already and holds something else; delete it or name another file with --out")
-
-    shape = (net.config.video_channels, frames, size, size)
+        if rank == 0:
+            print(f"{out} is there already, drawn by this same command; delete it to draw it again")
+        return
+    if world_size > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=24))
+        agree(request)
     if rank == 0:
+        parts_of(out).mkdir(parents=True, exist_ok=True)
+        replace_with(about, lambda temporary: temporary.write_text(json.dumps(request, indent=1)))
         decay = f", decay {config['ema_decay']}" if args.weights == "ema" else ""
         print(f"{path}: step {ckpt['step']}, {args.weights} weights{decay}; {args.num} videos of {frames} frames, "
               f"{size}x{size}, {diffusion.T} steps, seed {args.seed}, {world_size} x {device.type}")
         if frames > config["frames"]:
             print(f"note: the network was trained on {config['frames']} frames, not {frames}")
+    if world_size > 1:
+        dist.barrier()
 
-    # Finished videos wait in a folder of their own, named after the request, until all are there.
-    parts = out.with_name(f".{out.name}.{hashlib.sha256(json.dumps(request).encode()).hexdigest()[:12]}")
-    parts.mkdir(parents=True, exist_ok=True)
-
-    def part(i):
-        return parts / f"{i:07d}.npy"
-
+    # Finished videos wait in a folder until all are there.
+    parts = [parts_of(out) / f"{i:07d}.npy" for i in range(args.num)]
     # The processes take batches in turn; small ones if there would not be one for each.
     batch_size = min(args.batch_size, math.ceil(args.num / world_size))
     batches = [range(first, min(first + batch_size, args.num)) for first in range(0, args.num, batch_size)]
-    mine = [batch for batch in batches[rank::world_size] if not all(part(i).exists() for i in batch)]
+    mine = [batch for batch in batches[rank::world_size] if not all(parts[i].exists() for i in batch)]
+    shape = (net.config.video_channels, frames, size, size)
     with tqdm(total=len(mine) * diffusion.T, unit="step", disable=True if rank else None) as bar:
         def progress(steps):
             for step in steps:
@@ -270,36 +290,42 @@ def main():
         for batch in mine:
             videos = draw(net, diffusion, args.seed, batch, shape, args.precision, progress)
             for i, video in zip(batch, videos):
-                replace_with(part(i), lambda temporary, video=video: write_array(temporary, video))
-
+                replace_with(parts[i], lambda temporary, video=video: write_array(temporary, video.shape, [video]))
+    if world_size > 1:
+        dist.barrier()
     if rank == 0:
-        while not all(part(i).exists() for i in range(args.num)):  # the other processes' share
-            time.sleep(0.2)
-        merge(out, [part(i) for i in range(args.num)], (args.num, frames, size, size, 3))
-        replace_with(about, lambda temporary: temporary.write_text(json.dumps(request, indent=1)))
-        for file in parts.iterdir():
-            file.unlink()
-        parts.rmdir()
-        first = np.load(out, mmap_mode="r")[:16]
-        save_gif(out.with_suffix(".gif"), first)
-        save_mp4(out.with_suffix(".mp4"), first)
+        first = np.stack([np.load(part, allow_pickle=False) for part in parts[:16]])
+        save_gif(gif, first)
+        save_mp4(mp4, first)
+        replace_with(out, lambda temporary: write_array(temporary, (args.num, frames, size, size, 3),
+                                                        (np.load(part, allow_pickle=False) for part in parts)))
+        shutil.rmtree(parts_of(out))
         print(f"wrote {out.absolute()} and, for looking at, .gif and .mp4 beside it")
+    if world_size > 1:
+        dist.destroy_process_group()
 
 
-def write_array(path, array):
+def parts_of(out):
+    return out.with_name(f".{out.name}.parts")
+
+
+def agree(request):
+    """Raises ValueError unless all processes are to draw the same: a checkpoint may change while they start."""
+    digest = hashlib.sha256(json.dumps(request).encode()).digest()
+    digests = torch.tensor([list(digest), [-byte for byte in digest]])
+    dist.all_reduce(digests, dist.ReduceOp.MAX)
+    if (digests[0] != -digests[1]).any():
+        raise ValueError("the processes read different checkpoints; start again once it is no longer being written")
+
+
+def write_array(path, shape, arrays):
+    """Write uint8 arrays one after another as one .npy file of the given shape."""
     with open(path, "wb") as file:
-        np.save(file, array)
-
-
-def merge(out, parts, shape):
-    """Write the arrays of `parts` as one memory-mapped array."""
-    def write(temporary):
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        for i, part in enumerate(parts):
-            array[i] = np.load(part, allow_pickle=False)
-        array.flush()
-
-    replace_with(out, write)
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for array in arrays:
+            file.write(array.data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def run(name, main):
@@ -313,6 +339,10 @@ def run(name, main):
                    "--grad-checkpoint or --grad-accum")
     except OSError as error:
         message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        message = "out of memory; try a smaller --batch-size, --frames or --size"
     except ValueError as error:
         if int(os.environ.get("LOCAL_RANK", 0)):  # the first process of each machine says it for all
             sys.exit(1)

@@ -441,7 +441,7 @@ TRAIN = ("--frames 5 --size 8 --base-channels 8 --channel-mults 1 2 --time-dim 1
 @pytest.fixture
 def run_train(monkeypatch):
     """Run train.py's main function with flags in this process; restores the signal handlers."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["train.py", *TRAIN, *map(str, flags)])
@@ -507,7 +507,7 @@ def test_a_signal_stops_after_the_step_and_nothing_is_lost(run_train, tmp_path, 
     assert sample.load_checkpoint(tmp_path / "stopped" / "ckpt.pt")["step"] == 3
     monkeypatch.setattr(data.MazeVideos, "clip", clip)
     with open(tmp_path / "stopped" / "log.jsonl", "a") as log:  # as if killed later, in the middle of a line
-        log.write('{"step": 5, "loss": 1}\n{"step": 6, "lo')
+        log.write('null\n{"step": 5, "loss": 1}\n{"step": 6, "lo')
     run_train("--steps", 6, "--out", tmp_path / "stopped", "--log-every", 4)
     assert losses(tmp_path / "stopped") == losses(tmp_path / "once")
     assert_same(*(sample.load_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("once", "stopped")))
@@ -550,6 +550,19 @@ def test_a_different_model_is_not_resumed(run_train, tmp_path):
         with pytest.raises(ValueError, match=words):
             run_train("--steps", 2, "--out", tmp_path, *flags)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_a_folder_is_one_runs_alone(run_train, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match="config.json that is not a run's"):
+        run_train("--steps", 1, "--out", tmp_path / "other")
+    assert (tmp_path / "other" / "config.json").read_text() == '{"mine": 1}'
+    lock = train.take_folder(tmp_path / "run")
+    with pytest.raises(ValueError, match="in use by another training"):
+        run_train("--steps", 1, "--out", tmp_path / "run")
+    lock.close()
+    run_train("--steps", 1, "--out", tmp_path / "run")
 
 
 def test_a_checkpoint_from_before_a_flag_is_resumed(run_train, tmp_path):
@@ -680,7 +693,7 @@ def test_sample_writes_what_data_reads(trained, tmp_path, monkeypatch, capsys):
         path.name, path.name + ".json", path.with_suffix(".gif").name, path.with_suffix(".mp4").name}
     run_sample(monkeypatch, "--num", 3, "--batch-size", 2, "--frames", 9, "--size", 16)
     assert "is there already" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="belongs to other samples"):
         run_sample(monkeypatch, "--num", 4)
 
 
@@ -688,6 +701,9 @@ def test_stopped_sampling_goes_on(trained, tmp_path, monkeypatch):
     flags = ["--ckpt", trained, "--num", 5, "--batch-size", 2]
     run_sample(monkeypatch, *flags, "--out", tmp_path / "whole.npy")
     draw, calls = sample.draw, []
+    (tmp_path / "foreign.gif").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="foreign.gif exists already"):
+        run_sample(monkeypatch, *flags, "--out", tmp_path / "foreign.npy")
 
     def interrupted(*args):
         calls.append(args)
@@ -702,6 +718,7 @@ def test_stopped_sampling_goes_on(trained, tmp_path, monkeypatch):
     run_sample(monkeypatch, *flags, "--out", tmp_path / "stopped.npy")
     assert len(calls) == 4, "what was drawn before is not drawn again"
     assert (tmp_path / "stopped.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert not [file for file in os.listdir(tmp_path) if file.startswith(".")]
 
 
 # ------------------------------------------------------------------------------------------------ hostile input
@@ -739,7 +756,8 @@ def test_a_checkpoint_never_runs_code(tmp_path, monkeypatch):
     ("sample", "--ckpt short.npy", "short.npy"), ("sample", "--weights best", "best"),
     ("data", "empty --size 8 --out x.npy", "empty holds no videos"), ("data", "missing --size 8 --out x.npy", "missing"),
     ("data", "text.mp4 --size 8 --out x.npy", "none of the 1 videos is usable"),
-    ("data", "empty --size 0 --out x.npy", "--size 0"), ("data", "maze --size 8 --out x.txt", "x.txt"),
+    ("data", "empty --size 0 --out x.npy", "--size 0"), ("data", "empty --size x --out x.npy", "'x'"),
+    ("data", "maze --size 8 --seed -1 --out x.npy", "--seed -1"), ("data", "maze --size 8 --out x.txt", "x.txt"),
 ])
 def test_bad_input_is_one_line(script, flags, words, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import math
 import os
@@ -199,7 +200,31 @@ def save_checkpoint(out, step, config, net, ema, optimizer, interval):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch wraps some errors of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(f"step {step}: {path} cannot be written ({error}); the last good checkpoint is untouched") from None
+        raise OSError(f"step {step}: {path} cannot be written ({error}); checkpoints written before are untouched") from None
+
+
+def take_folder(out):
+    """Make the folder of a run, see that it is one, and lock it against a second training -> the lock file.
+
+    Raises OSError or ValueError.
+    """
+    try:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {out} is in use by another training; wait for it or choose another folder") from None
+    except OSError as error:
+        raise OSError(f"--out {out} cannot be used ({error.strerror}); choose another folder") from None
+    config = out / "config.json"
+    if config.exists():
+        with contextlib.suppress(ValueError):
+            if {"temporal", "frames"} <= set(json.loads(config.read_text(errors="replace"))):
+                return lock
+        raise ValueError(f"--out {out} has a config.json that is not a run's; choose another folder")
+    if (out / "log.jsonl").exists():
+        raise ValueError(f"--out {out} has a log.jsonl but no config.json; choose another folder")
+    return lock
 
 
 def load_newest(out):
@@ -211,7 +236,7 @@ def load_newest(out):
                 return load_checkpoint(path), "".join(f"{problem}; kept as ckpt_damaged.pt, going on from {path.name}"
                                                       for problem in problems)
             except CheckpointError as error:
-                problems.append(error)
+                problems.append(str(error))
     if problems:
         raise CheckpointError(f"{problems[0]}; there is no other to go on from, so move it away or choose another --out")
     return None, ""
@@ -236,9 +261,10 @@ def trim_log(path, step):
     """Drop the lines of log.jsonl that were written after the checkpoint: those steps will be done again."""
     if path.exists():
         lines = []
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             with contextlib.suppress(ValueError):  # the last line of a killed run may be cut off
-                if json.loads(line)["step"] <= step:
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
                     lines.append(line + "\n")
         replace_with(path, lambda temporary: temporary.write_text("".join(lines)))
 
@@ -332,7 +358,7 @@ def describe(args, net, device, world_size):
         f"preset {args.preset}: {flags}",
         f"{count_parameters(net):,} parameters, temporal layer {args.temporal}",
         f"global batch {args.batch_size} = {world_size} processes x {args.grad_accum} parts x {b} clips; one part: "
-        f"uint8 {(b, args.frames, args.size, args.size, 3)} -> x, ε {(b, 3, args.frames, args.size, args.size)} "
+        f"uint8 {(b, args.frames, args.size, args.size, 3)} -> x and noise {(b, 3, args.frames, args.size, args.size)} "
         f"in [-1, 1], t {(b,)}",
         f"{device.type}, {precision}; output in {args.out.absolute()}"])
 
@@ -357,11 +383,10 @@ def train(args):
     # ---- everything that can be wrong with the data, the folder or the checkpoint shows here, before any training
     videos, held_out, about_data = open_data(args, rank, local_rank, world_size)
     config = {name: value for name, value in vars(args).items() if name not in ("out", "dry_run")}
+    if args.data != "maze":
+        config["data"] = str(Path(args.data).resolve())
     if rank == 0:
-        try:
-            (args.out / "samples").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"--out {args.out} cannot be made ({error.strerror}); choose another folder") from None
+        lock = take_folder(args.out)  # held until this process ends
     wait_for_all(world_size)
     ckpt, notice = load_newest(args.out)
     changes = check_resume(config, ckpt["config"], args.out) if ckpt else []
@@ -390,9 +415,13 @@ def train(args):
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=device.type in ("cpu", "cuda"))
     interval = []
     if ckpt:
-        net.load_state_dict(ckpt["model"])
-        ema.load_state_dict(ckpt["ema"])
-        optimizer.load_state_dict(ckpt["optimizer"])
+        try:
+            net.load_state_dict(ckpt["model"])
+            ema.load_state_dict(ckpt["ema"])
+            optimizer.load_state_dict(ckpt["optimizer"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint in {args.out} does not fit this network "
+                                  f"({' '.join(str(error).split())[:200]}); choose another --out") from None
         optimizer.param_groups[0]["lr"] = args.lr
         interval = ckpt["interval"]
         del ckpt
@@ -434,8 +463,9 @@ def train(args):
         if rank == 0:
             print("stopping after this step; again to stop at once", file=sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, on_signal)
 
     def stop_asked():
         if world_size == 1:
