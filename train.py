@@ -43,9 +43,9 @@ PRESETS = {
     "minerl-200": dict(split="train", frames=200, size=32, diffusion_steps=256, lr=3e-4, batch_size=8, steps=255_000),
     "minerl-400": dict(split="train", frames=400, size=32, diffusion_steps=256, lr=5e-5, batch_size=8, steps=246_000),
     # not the paper's: the quick start, sized for a laptop CPU
-    "tiny": dict(split="train", frames=16, size=16, diffusion_steps=256, lr=1e-3, batch_size=8, steps=650,
+    "tiny": dict(split="train", frames=16, size=16, diffusion_steps=256, lr=1e-3, batch_size=8, steps=560,
                  base_channels=24, channel_mults=(1, 2, 4), time_dim=128, heads=2, head_dim=32, state_size=64,
-                 mlp_dim=64, ema_start=100, ema_decay=0.9, log_every=25, eval_every=50, save_every=50),
+                 mlp_dim=64, ema_start=100, ema_every=5, ema_decay=0.9, log_every=25, eval_every=50, save_every=50),
 }
 
 # What may be different when a run goes on: neither the model nor the data come out differently.
