@@ -10,7 +10,7 @@ Vandermonde tensor materialised, an FFT of the input for each direction, and fli
 and compute the same function (test_all.py says so to 1e-10).
 
 Each formulation runs in a process of its own. The processes take turns, one step each, and the median is reported.
-Memory is the growth of the resident set from before the first step to its peak on the CPU, the allocator's peak on CUDA.
+Memory is the growth of the resident set from before the first step to its peak; on CUDA the allocator's peak.
 """
 import multiprocessing
 import os
@@ -98,7 +98,10 @@ def make_step(args, textbook):
 
     def step():
         with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
-            loss = net(x).square().mean() if args.what == "layer" else diffusion.loss(net, x, t, torch.randn_like(x)).mean()
+            if args.what == "layer":
+                loss = net(x).square().mean()
+            else:
+                loss = diffusion.loss(net, x, t, torch.randn_like(x)).mean()
         loss.backward()
         if args.what == "step":
             optimizer.step()
@@ -136,17 +139,17 @@ def serve(args, textbook, pipe):
 
 def main():
     parser = Parser(prog="bench.py", description="Time and memory of this implementation against the textbook one.")
-    parser.add_argument("what", choices=("layer", "step"), help="the temporal SSM layer alone, or a whole training step")
+    parser.add_argument("what", choices=("layer", "step"), help="the temporal SSM layer alone, or a training step")
     parser.add_argument("--channels", type=positive_int, default=64, help="layer: its width (default 64)")
     parser.add_argument("--state-size", type=positive_int, default=512, help="layer: N (default 512)")
-    parser.add_argument("--base-channels", type=positive_int, default=64, help="step: width of the network (default 64)")
+    parser.add_argument("--base-channels", type=positive_int, default=64, help="step: network's width (default 64)")
     parser.add_argument("--temporal", choices=TEMPORAL_LAYERS, default="ssm", help="step: temporal layer (default ssm)")
     parser.add_argument("--grad-checkpoint", action="store_true", help="step: recompute blocks in the backward pass")
     parser.add_argument("--frames", type=positive_int, default=64)
     parser.add_argument("--size", type=positive_int, default=32, help="height and width (default 32)")
     parser.add_argument("--batch-size", type=positive_int, default=1)
     parser.add_argument("--precision", choices=("float32", "bf16"), default="float32")
-    parser.add_argument("--repeats", type=positive_int, default=5, help="timed steps of each, after one to warm up (default 5)")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="timed steps, after one more (default 5)")
     parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     parser.add_argument("--only", choices=("ours", "textbook"), help="run one formulation, not both")

@@ -71,7 +71,10 @@ def rotary_frequencies(head_dim, theta=10_000, rotary_dim=32):
 
 
 def rotary_embedding(x, freqs):
-    """Rotary position embedding (Su et al. 2021) of x (..., f, d): the first 2·len(freqs) features in adjacent pairs."""
+    """Rotary position embedding (Su et al. 2021) of x (..., f, d): the first 2·len(freqs) features, in adjacent pairs.
+
+    -> (..., f, d).
+    """
     angle = torch.outer(torch.arange(x.shape[-2], device=x.device).float(), freqs)          # f rotary_dim/2
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     rotary_dim = 2 * len(freqs)
@@ -114,8 +117,8 @@ class TemporalAttention(nn.Module):
     def __init__(self, channels, heads, head_dim):
         super().__init__()
         if head_dim < 32 and head_dim % 2:
-            raise ValueError(f"head_dim is {head_dim}; the rotary embedding turns pairs of features, so expected an even "
-                             "number, or 32 and more")
+            raise ValueError(f"head_dim is {head_dim}; expected an even number, or 32 and more, since the rotary "
+                             "embedding turns features in pairs")
         self.heads = heads
         self.norm = LayerNorm(channels)
         self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
@@ -340,12 +343,13 @@ class UNet3D(nn.Module):
         return block(*args)
 
     def check_shapes(self, x, t):
-        channels, factor = self.config.video_channels, 2 ** (len(self.config.channel_mults) - 1)
+        channels, levels = self.config.video_channels, len(self.config.channel_mults)
+        factor = 2 ** (levels - 1)
         if x.dim() != 5 or x.shape[1] != channels or 0 in x.shape:
             raise ValueError(f"video has shape {tuple(x.shape)}; expected (batch, {channels}, frames, height, width)")
         if x.shape[3] % factor or x.shape[4] % factor:
-            raise ValueError(f"video is {x.shape[3]}x{x.shape[4]}; a network of {len(self.config.channel_mults)} levels "
-                             f"needs height and width divisible by {factor}")
+            raise ValueError(f"video is {x.shape[3]}x{x.shape[4]}; a network of {levels} levels needs height and width "
+                             f"divisible by {factor}")
         if t.shape != x.shape[:1]:
             raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one step per video")
 

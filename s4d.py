@@ -24,6 +24,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def at_least_float32(x):
+    """Half precision to float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class S4DKernel(nn.Module):
     """The convolution kernel of d independent diagonal SSMs, initialised as S4D-Lin (Gu et al. 2022, Sec. 4).
 
@@ -45,10 +50,9 @@ class S4DKernel(nn.Module):
     def forward(self, L):
         """L: length in frames -> K (d, L), float32 under autocast too (float64 for float64 parameters)."""
         with torch.autocast(self.C.device.type, enabled=False):
-            dt, C, log_A_real, A_imag = (p.to(torch.promote_types(p.dtype, torch.float32))
-                                         for p in (self.log_dt, self.C, self.log_A_real, self.A_imag))
+            log_dt, C, log_A_real, A_imag = map(at_least_float32, (self.log_dt, self.C, self.log_A_real, self.A_imag))
             A = torch.complex(-log_A_real.exp(), A_imag)                                    # d n
-            dtA = dt.exp()[:, None] * A                                                     # d n
+            dtA = log_dt.exp()[:, None] * A                                                 # d n
             CB = 2 * torch.view_as_complex(C) * torch.expm1(dtA) / A                        # d n   2 C B̄
             # With l = a·S + b, exp(ΔA l) = exp(ΔA S a) · exp(ΔA b): two thin factors and a matmul over n, so that
             # the Vandermonde tensor exp(ΔA l), (d, n, L), never exists.
@@ -117,10 +121,6 @@ def fast_fft_length(n):
         if rest == 1:
             return n
         n += 1
-
-
-def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def linear(x, layer):

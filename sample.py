@@ -113,8 +113,11 @@ def parse_checkpoint(content, path):
     except Exception as error:  # torch raises all sorts for a damaged file
         raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__}); "
                               "expected a ckpt.pt written by train.py") from None
-    expected = {"step": int, "config": dict, "unet": dict, "model": dict, "ema": dict, "optimizer": dict, "interval": list}
-    wrong = [name for name, kind in expected.items() if not isinstance(ckpt, dict) or not isinstance(ckpt.get(name), kind)]
+    expected = {"step": int, "config": dict, "unet": dict, "model": dict, "ema": dict, "optimizer": dict,
+                "interval": list}
+    if not isinstance(ckpt, dict):
+        ckpt = {}
+    wrong = [name for name, kind in expected.items() if not isinstance(ckpt.get(name), kind)]
     if wrong or not {"frames", "size", "diffusion_steps"} <= ckpt["config"].keys():
         raise CheckpointError(f"{path} is no checkpoint of train.py: it lacks {', '.join(wrong or ['settings'])}")
     return ckpt
@@ -136,7 +139,8 @@ def load_network(ckpt, weights, device):
         net = UNet3D(UNetConfig(**ckpt["unet"]))
         net.load_state_dict(ckpt[weights])
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"the checkpoint does not fit this network: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the checkpoint does not fit this network: {reason}") from None
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -251,7 +255,7 @@ def main():
                "precision": choose_precision(device, args.precision)}
     if about.exists():
         if about.read_text(errors="replace") != json.dumps(request, indent=1):
-            raise ValueError(f"{about} belongs to other samples; delete it and {out.name}, or name another file with --out")
+            raise ValueError(f"{about} belongs to other samples; delete it and {out.name}, or choose another --out")
     else:
         for file in (out, gif, mp4):
             if file.exists():

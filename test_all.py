@@ -21,12 +21,11 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-import diffusion
 import model
 import s4d
 import sample
 import train
-from bench import TextbookTemporalSSM, use_textbook
+from bench import TextbookTemporalSSM
 from diffusion import Diffusion, sample_generators, training_noise
 from model import UNet3D, UNetConfig
 from s4d import S4D, S4DKernel, TemporalSSM
@@ -105,7 +104,8 @@ def test_reference_linear_attention():
     layer = model.TemporalLinearAttention(8, heads=2, head_dim=64)
     layer.norm = torch.nn.Identity()
     load_reference(layer, archive, "linear_attention/")
-    x, y = (torch.from_numpy(archive[f"linear_attention/{key}"]).permute(0, 3, 2, 1)[..., None] for key in ("in", "out"))
+    x, y = (torch.from_numpy(archive[f"linear_attention/{key}"]).permute(0, 3, 2, 1)[..., None]
+            for key in ("in", "out"))
     assert relative(layer.mix(x), y) < 1e-5
 
 
@@ -298,7 +298,8 @@ def test_temporal_attention_is_the_plain_formula(linear, monkeypatch):
         qkv = layer.to_qkv(x[b, :, :, 0, w].T).view(f, 3, heads, d)
         out = []
         for h in range(heads):
-            q, k, v = rotate_slowly(qkv[:, 0, h], layer.rotary_freqs), rotate_slowly(qkv[:, 1, h], layer.rotary_freqs), qkv[:, 2, h]
+            q, k = (rotate_slowly(qkv[:, i, h], layer.rotary_freqs) for i in (0, 1))
+            v = qkv[:, 2, h]
             if linear:
                 q, k = q.exp() / q.exp().sum(1, keepdim=True) / math.sqrt(d), k.exp() / k.exp().sum(0, keepdim=True)
                 out.append(q @ (k.T @ v))
@@ -433,8 +434,9 @@ def test_sample_i_does_not_depend_on_its_batch(precision, frames):
 # ------------------------------------------------------------------------------------------------ training
 
 
-TRAIN = ("--frames 5 --size 8 --base-channels 8 --channel-mults 1 2 --time-dim 16 --heads 1 --head-dim 8 --state-size 8 "
-         "--mlp-dim 8 --diffusion-steps 8 --batch-size 4 --workers 0 --log-every 1 --eval-every 3 --sample-every 100 "
+TRAIN = ("--frames 5 --size 8 --base-channels 8 --channel-mults 1 2 --time-dim 16 --heads 1 --head-dim 8 "
+         "--state-size 8 --mlp-dim 8 "
+         "--diffusion-steps 8 --batch-size 4 --workers 0 --log-every 1 --eval-every 3 --sample-every 100 "
          "--save-every 2 --ema-every 2 --ema-start 3 --lr 1e-2 --precision float32 --device cpu").split()
 
 
@@ -641,7 +643,8 @@ def test_two_processes_are_one(run_train, tmp_path):
     assert finished.returncode == 0, finished.stderr
     for record, other in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two")):  # Adam would hide a wrong scale
         assert math.isclose(record["grad_norm"], other["grad_norm"], rel_tol=1e-4)
-    for (_, loss, held_out), (_, other, other_held_out) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+    both = zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True)
+    for (_, loss, held_out), (_, other, other_held_out) in both:
         assert math.isclose(loss, other, rel_tol=1e-5)
         assert held_out is None or math.isclose(held_out, other_held_out, rel_tol=1e-5)
     finished = torchrun(2, "sample.py", "--ckpt", tmp_path / "one" / "ckpt.pt", "--num-samples", 5, "--batch-size", 2,
@@ -653,13 +656,15 @@ def test_two_processes_are_one(run_train, tmp_path):
 
 
 def test_presets_and_explicit_flags():
-    for flags, preset, lr, steps in [("", "ucf101-32", 3e-4, 92_000), ("--frames 16 --size 64", "ucf101-64", 1e-4, 106_000),
-                                     ("--frames 64", "minerl-64", 3e-4, 174_000), ("--frames 200", "minerl-200", 3e-4, 255_000),
-                                     ("--frames 400", "minerl-400", 5e-5, 246_000), ("--frames 350", "minerl-400", 5e-5, 246_000),
-                                     ("--preset minerl-400 --frames 64 --lr 1e-3", "minerl-400", 1e-3, 246_000)]:
+    for flags, preset, lr, steps in [
+            ("", "ucf101-32", 3e-4, 92_000), ("--frames 16 --size 64", "ucf101-64", 1e-4, 106_000),
+            ("--frames 64", "minerl-64", 3e-4, 174_000), ("--frames 200", "minerl-200", 3e-4, 255_000),
+            ("--frames 400", "minerl-400", 5e-5, 246_000), ("--frames 350", "minerl-400", 5e-5, 246_000),
+            ("--preset minerl-400 --frames 64 --lr 1e-3", "minerl-400", 1e-3, 246_000)]:
         args = train.parse_args(flags.split())
         assert (args.preset, args.lr, args.steps) == (preset, lr, steps)
-        assert (args.base_channels, args.time_dim, args.state_size, args.mlp_dim, args.ema_decay) == (64, 1024, 512, 512, 0.995)
+        assert (args.base_channels, args.time_dim, args.state_size, args.mlp_dim) == (64, 1024, 512, 512)
+        assert (args.ema_decay, args.ema_every, args.ema_start) == (0.995, 10, 2000)
     assert train.parse_args("--frames 350".split()).frames == 350
     assert train.parse_args("--preset minerl-400 --frames 64".split()).frames == 64
     assert train.parse_args("--frames 64".split()).batch_size == 8
@@ -748,13 +753,15 @@ def test_a_checkpoint_never_runs_code(tmp_path, monkeypatch):
     ("train", "--data short.npy --frames 9", "--frames 9: the longest of the 1 videos in short.npy has 6"),
     ("train", "--data short.npy --frames 2 --size 16", "--size 16: short.npy holds frames of 8x8"),
     ("train", "--device gpu", "--device gpu: expected cpu"), ("train", "--device mps", "mps"),
-    ("train", "--temporal attention --head-dim 7", "head_dim is 7"), ("train", "--seed 99999999999999999999", "too large"),
+    ("train", "--temporal attention --head-dim 7", "head_dim is 7"),
+    ("train", "--seed 99999999999999999999", "too large"),
     ("train", "--out file", "file"), ("train", "--device cuda:77", "cuda:77"), ("train", "--nonsense", "--nonsense"),
     ("sample", "--ckpt missing.pt", "missing.pt cannot be read"), ("sample", "", "no ckpt.pt under"),
     ("sample", "--ckpt text.mp4", "text.mp4 is damaged or no checkpoint"), ("sample", "--num 0", "'0'"),
     ("sample", "--ckpt code.pt", "code.pt is refused"), ("sample", "--ckpt other.pt", "lacks config"),
     ("sample", "--ckpt short.npy", "short.npy"), ("sample", "--weights best", "best"),
-    ("data", "empty --size 8 --out x.npy", "empty holds no videos"), ("data", "missing --size 8 --out x.npy", "missing"),
+    ("data", "empty --size 8 --out x.npy", "empty holds no videos"),
+    ("data", "missing --size 8 --out x.npy", "missing"),
     ("data", "text.mp4 --size 8 --out x.npy", "none of the 1 videos is usable"),
     ("data", "empty --size 0 --out x.npy", "--size 0"), ("data", "empty --size x --out x.npy", "'x'"),
     ("data", "maze --size 8 --seed -1 --out x.npy", "--seed -1"), ("data", "maze --size 8 --out x.txt", "x.txt"),
@@ -813,7 +820,8 @@ def write_npy(path, frames, size=8, first=0):
 
 
 def command(*arguments, **settings):
-    return subprocess.run([sys.executable, data.__file__, *map(str, arguments)], capture_output=True, text=True, **settings)
+    return subprocess.run([sys.executable, data.__file__, *map(str, arguments)], capture_output=True, text=True,
+                          **settings)
 
 
 # ------------------------------------------------------------------------------------------------ data.py: conversions
@@ -901,7 +909,7 @@ def test_mazes_have_any_length_and_size(frames, size):
     assert data.maze_walk(1, 1, frames, size).shape == (frames, size, size, 3)
 
 
-# ------------------------------------------------------------------------------------------------ data.py: packed videos
+# ---------------------------------------------------------------------------------------- data.py: packed videos
 
 
 @pytest.fixture

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from data import DataError, MazeVideos, batches, open_videos, to_float
 from diffusion import Diffusion, training_noise
 from model import TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
-from sample import (CheckpointError, Parser, autocast, choose_device, draw, load_checkpoint, non_negative_int, positive_int,
-                    replace_with, run, save_gif)
+from sample import (CheckpointError, Parser, autocast, choose_device, draw, load_checkpoint, non_negative_int,
+                    positive_int, replace_with, run, save_gif)
 
 # Table 5, a row per column; the settings that all of them share are the flags' defaults.
 PRESETS = {
@@ -50,7 +50,8 @@ PRESETS = {
 
 # What may be different when a run goes on: neither the model nor the data come out differently.
 MAY_CHANGE = {"preset", "steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision",
-              "compile", "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips", "grid_samples"}
+              "compile", "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips",
+              "grid_samples"}
 
 
 class NotFinite(ValueError):
@@ -87,7 +88,7 @@ def make_parser():
     group.add_argument("--split", choices=("train", "test", "all"), default="train", help="videos to train on")
     group.add_argument("--frames", type=positive_int, default=16, help="frames per clip")
     group.add_argument("--size", type=positive_int, default=32, help="height and width")
-    group.add_argument("--workers", type=non_negative_int, default=2, help="data loading processes per training process")
+    group.add_argument("--workers", type=non_negative_int, default=2, help="data loading processes of each process")
 
     group = parser.add_argument_group("network")
     group.add_argument("--temporal", choices=TEMPORAL_LAYERS, default="ssm", help="temporal layer")
@@ -119,7 +120,7 @@ def make_parser():
     group.add_argument("--ema-decay", type=fraction, default=0.995, help="decay of the averaged weights, per update")
     group.add_argument("--ema-every", type=positive_int, default=10, help="steps between two updates of the average")
     group.add_argument("--ema-start", type=non_negative_int, default=2000, help="until this step the average is a copy")
-    group.add_argument("--seed", type=non_negative_int, default=0, help="of the first weights, clips, timesteps and noise")
+    group.add_argument("--seed", type=non_negative_int, default=0, help="of first weights, clips, timesteps and noise")
 
     group = parser.add_argument_group("speed and memory")
     group.add_argument("--device", help="cpu, cuda, mps; none: the best there is")
@@ -134,8 +135,8 @@ def make_parser():
     group.add_argument("--eval-every", type=positive_int, default=1000, help="steps between held-out losses")
     group.add_argument("--sample-every", type=positive_int, default=10_000, help="steps between sample grids")
     group.add_argument("--save-every", type=positive_int, default=1000, help="steps between checkpoints")
-    group.add_argument("--eval-clips", type=non_negative_int, default=16, help="clips of the held-out loss; 0: no such loss")
-    group.add_argument("--grid-samples", type=non_negative_int, default=9, help="videos in a sample grid; 0: no grids")
+    group.add_argument("--eval-clips", type=non_negative_int, default=16, help="clips of the held-out loss; 0: none")
+    group.add_argument("--grid-samples", type=non_negative_int, default=9, help="videos in a sample grid; 0: none")
     group.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
     group.add_argument("--dry-run", action="store_true", help="print what would be trained, and exit")
     return parser
@@ -174,7 +175,7 @@ def check_args(args, world_size):
                          f"{args.grad_accum} = {world_size * args.grad_accum}; the batch size is the global one")
     factor = 2 ** (len(args.channel_mults) - 1)
     if args.size % factor:
-        raise ValueError(f"--size {args.size} is not divisible by {factor}, which {len(args.channel_mults)} levels need")
+        raise ValueError(f"--size {args.size} is not divisible by {factor}, as {len(args.channel_mults)} levels need")
     if args.base_channels % 8:
         raise ValueError(f"--base-channels {args.base_channels}: expected a multiple of 8, the groups of GroupNorm")
 
@@ -200,7 +201,7 @@ def save_checkpoint(out, step, config, net, ema, optimizer, interval):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch wraps some errors of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(f"step {step}: {path} cannot be written ({error}); checkpoints written before are untouched") from None
+        raise OSError(f"step {step}: {path} cannot be written ({error}); earlier checkpoints are untouched") from None
 
 
 def take_folder(out):
@@ -238,7 +239,7 @@ def load_newest(out):
             except CheckpointError as error:
                 problems.append(str(error))
     if problems:
-        raise CheckpointError(f"{problems[0]}; there is no other to go on from, so move it away or choose another --out")
+        raise CheckpointError(f"{problems[0]}; there is no other to go on from: move it away or choose another --out")
     return None, ""
 
 
@@ -300,7 +301,8 @@ def held_out_loss(net, diffusion, videos, args, device, rank, world_size):
 
 def sample_grid(net, diffusion, args, path, rank, world_size):
     """Write the first samples side by side to `path`; the processes share the work."""
-    videos = torch.zeros(args.grid_samples, args.frames, args.size, args.size, 3, dtype=torch.uint8, device=diffusion.device)
+    videos = torch.zeros(args.grid_samples, args.frames, args.size, args.size, 3, dtype=torch.uint8,
+                         device=diffusion.device)
     indices = range(rank, args.grid_samples, world_size)
     if indices:
         def progress(steps):
@@ -339,8 +341,8 @@ def open_data(args, rank, local_rank, world_size):
         wait_for_all(world_size)
     about = "embedded maze walks"
     if not isinstance(videos, MazeVideos):
-        about = (f"{len(videos.videos)} videos with {videos.num_windows} clips of {args.frames} frames from {args.data}; "
-                 f"{videos.num_too_short} videos are shorter and left out")
+        about = (f"{args.data}: {videos.num_windows} clips of {args.frames} frames from {len(videos.videos)} videos, "
+                 f"{videos.num_too_short} too short left out")
     if isinstance(videos, MazeVideos) or args.split == "train" and "test" in videos.splits:
         with contextlib.suppress(DataError):  # test videos may all be too short
             held_out = open_videos(args.data, args.frames, args.size, "test")
@@ -386,7 +388,7 @@ def train(args):
     if args.data != "maze":
         config["data"] = str(Path(args.data).resolve())
     if rank == 0:
-        lock = take_folder(args.out)  # held until this process ends
+        lock = take_folder(args.out)  # noqa: F841, held until this process ends
     wait_for_all(world_size)
     ckpt, notice = load_newest(args.out)
     changes = check_resume(config, ckpt["config"], args.out) if ckpt else []
@@ -429,12 +431,11 @@ def train(args):
     def samples_due(step):
         return args.grid_samples and step > 0 and (step % args.sample_every == 0 or step == args.steps)
 
-    def draw_grid(step):
-        path = args.out / "samples" / f"step_{step:07d}.gif"
-        if samples_due(step) and not path.exists():
-            sample_grid(ema, diffusion, args, path, rank, world_size)
+    def grid_path(step):
+        return args.out / "samples" / f"step_{step:07d}.gif"
 
-    draw_grid(first_step)  # the last run may have been stopped before it could
+    if samples_due(first_step) and not grid_path(first_step).exists():  # the last run was stopped before it could
+        sample_grid(ema, diffusion, args, grid_path(first_step), rank, world_size)
     if first_step >= args.steps:
         if rank == 0:
             print(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
@@ -547,7 +548,8 @@ def train(args):
                         tensorboard.add_scalar(name, record[name], step)
         if save_due and rank == 0:
             save_checkpoint(args.out, step, config, net, ema, optimizer, interval)
-        draw_grid(step)
+        if samples_due(step) and not stop:
+            sample_grid(ema, diffusion, args, grid_path(step), rank, world_size)
         if record or samples_due(step):
             timer, timed_steps = time.perf_counter(), 0
         if end or stop:
@@ -558,7 +560,7 @@ def train(args):
         if step < args.steps:
             print(f"stopped at step {step}, saved in {args.out}; the same command goes on from there")
         else:
-            print(f"done; pictures in {args.out / 'samples'}; python sample.py --ckpt {args.out / 'ckpt.pt'} draws more")
+            print(f"done; pictures in {args.out / 'samples'}; python sample.py --ckpt {args.out / 'ckpt.pt'} for more")
     if tensorboard:
         tensorboard.close()
 
