@@ -444,7 +444,7 @@ def train(args):
     forward = torch.compile(net) if args.compile else net
     if world_size > 1:
         forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None,
-                                          gradient_as_bucket_view=True, broadcast_buffers=False)
+                                          gradient_as_bucket_view=True)
     parameters, averages = list(net.parameters()), list(ema.parameters())
     tensorboard = None
     if args.tensorboard and rank == 0:
