@@ -12,6 +12,7 @@ and compute the same function (test_all.py says so to 1e-10).
 Each formulation runs in a process of its own. The processes take turns, one step each, and the median is reported.
 Memory is the growth of the resident set from before the first step to its peak; on CUDA the allocator's peak.
 """
+import functools
 import multiprocessing
 import os
 import resource
@@ -28,6 +29,7 @@ from diffusion import Diffusion
 from model import TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
 from s4d import TemporalSSM
 from sample import Parser, choose_device, positive_int, run
+from train import peak_memory
 
 
 class TextbookTemporalSSM(nn.Module):
@@ -116,7 +118,7 @@ def resident_bytes():
     if os.path.exists("/proc/self/statm"):
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_memory(torch.device("cpu"))
 
 
 def serve(args, textbook, pipe):
@@ -124,7 +126,6 @@ def serve(args, textbook, pipe):
     torch.set_num_threads(args.threads)
     step, parameters = make_step(args, textbook)
     cuda = args.device == "cuda"
-    unit = 1 if sys.platform == "darwin" else 1024
     before = 0 if cuda else resident_bytes()
     pipe.send("ready")
     while pipe.recv() == "step":
@@ -133,8 +134,7 @@ def serve(args, textbook, pipe):
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        pipe.send((seconds, peak - before, parameters))
+        pipe.send((seconds, peak_memory(torch.device(args.device)) - before, parameters))
 
 
 def main():
@@ -160,16 +160,21 @@ def main():
     pipes, results = {}, {}
     for name in [args.only] if args.only else ["textbook", "ours"]:
         pipes[name], other = context.Pipe()
-        context.Process(target=serve, args=(args, name == "textbook", other), daemon=True).start()
-        assert pipes[name].recv() == "ready"
+        work = functools.partial(serve, args, name == "textbook", other)
+        context.Process(target=run, args=("bench.py", work), daemon=True).start()
+        other.close()  # else the pipe of a process that failed would never end
         results[name] = []
-    for _ in range(1 + args.repeats):
-        for name, pipe in pipes.items():
-            pipe.send("step")
-            results[name].append(pipe.recv())
-
-    for pipe in pipes.values():
-        pipe.send("stop")
+    try:
+        for pipe in pipes.values():
+            pipe.recv()
+        for _ in range(1 + args.repeats):
+            for name, pipe in pipes.items():
+                pipe.send("step")
+                results[name].append(pipe.recv())
+        for pipe in pipes.values():
+            pipe.send("stop")
+    except EOFError:
+        sys.exit(1)  # the process that failed has said why
 
     size = f"{args.channels} channels" if args.what == "layer" else f"base {args.base_channels}, {args.temporal}"
     flags = ", grad-checkpoint" if args.grad_checkpoint else ""

@@ -403,7 +403,7 @@ def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=Fa
     if len(sample_indices) == 0:
         raise ValueError("batches needs at least one sample index")
     loader = DataLoader(_Clips(videos, seed), batch_sampler=_Schedule(sample_indices, first_step), num_workers=workers,
-                        pin_memory=pin_memory, worker_init_fn=_ignore_interrupts,
+                        pin_memory=pin_memory, worker_init_fn=_leave_signals_to_main,
                         generator=torch.Generator())  # else it would draw a number from the global generator
     return iter(loader)
 
@@ -425,7 +425,7 @@ class _Schedule(Sampler):
             yield [(step, index) for index in self.sample_indices]
 
 
-def _ignore_interrupts(_worker):
+def _leave_signals_to_main(_worker):
     # Ctrl-C goes to every process of the terminal, a scheduler's SIGTERM to every one of the job. What they mean is the
     # main process's to decide, which still needs its data then; when it ends the workers it sends a SIGTERM again.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -745,7 +745,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main():
-    parser = _Parser(description="Packs videos into one .npy file that train.py and fvd.py read.")
+    parser = _Parser(description="Packs videos into one .npy file that train.py reads.")
     parser.add_argument("source", help="a folder of videos, one video, or the word maze for the embedded walks")
     parser.add_argument("--size", type=int, required=True, help="height and width of the packed frames, in pixels")
     parser.add_argument("--out", required=True, help="the .npy file to write; its index goes beside it as .json")

@@ -55,17 +55,21 @@ class Diffusion:
     def q_sample(self, x_0, t, noise):
         """x_t ~ q(x_t | x_0) for the given noise. x_0, noise: (b, ...), t: (b,) int -> (b, ...)."""
         # Eq. 4: x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε
-        return at(self.sqrt_alphas_cumprod, t, x_0) * x_0 + at(self.sqrt_one_minus_alphas_cumprod, t, x_0) * noise
+        sqrt_alpha_bar = extract(self.sqrt_alphas_cumprod, t, x_0)
+        sqrt_one_minus_alpha_bar = extract(self.sqrt_one_minus_alphas_cumprod, t, x_0)
+        return sqrt_alpha_bar * x_0 + sqrt_one_minus_alpha_bar * noise
 
     def predict_x0(self, x_t, t, eps):
         """The x_0 that x_t and the noise ε imply, not clipped. Eq. 4 solved for x_0."""
-        return (x_t - at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * eps) / at(self.sqrt_alphas_cumprod, t, x_t)
+        sqrt_alpha_bar = extract(self.sqrt_alphas_cumprod, t, x_t)
+        sqrt_one_minus_alpha_bar = extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
+        return (x_t - sqrt_one_minus_alpha_bar * eps) / sqrt_alpha_bar
 
     def posterior(self, x_0, x_t, t):
         """-> mean μ̃_t (b, ...) and variance β̃_t (b, 1, ...) of q(x_{t-1} | x_t, x_0)."""
         # Eq. 7: μ̃_t = √ᾱ_{t-1} β_t / (1 - ᾱ_t) x_0 + √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t) x_t
-        mean = at(self.posterior_mean_x0, t, x_t) * x_0 + at(self.posterior_mean_xt, t, x_t) * x_t
-        return mean, at(self.posterior_variance, t, x_t)
+        mean = extract(self.posterior_mean_x0, t, x_t) * x_0 + extract(self.posterior_mean_xt, t, x_t) * x_t
+        return mean, extract(self.posterior_variance, t, x_t)
 
     def loss(self, net, x_0, t, noise, kind="l2"):
         """‖ε - ε_θ(x_t, t)‖² per video, averaged over its values, Eq. 14 ("l1": the absolute difference) -> (b,)."""
@@ -95,7 +99,7 @@ class Diffusion:
         return x
 
 
-def at(table, t, like):
+def extract(table, t, like):
     """table[t] as (b, 1, ..., 1), to be multiplied with `like` (b, ...)."""
     return table[t].view(-1, *[1] * (like.dim() - 1))
 

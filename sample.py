@@ -5,10 +5,10 @@
     torchrun --nproc-per-node 8 sample.py --num-samples 1000      # the same samples, shared among 8
     python sample.py --frames 800                                 # longer than the network was trained on
 
-Writes NAME.npy, uint8 (num, frames, height, width, 3), which data.py and fvd.py read; NAME.npy.json, what it was drawn
+Writes NAME.npy, uint8 (num, frames, height, width, 3), which data.py reads; NAME.npy.json, what it was drawn
 from; NAME.gif and NAME.mp4, the first few side by side. Sample i is a function of (checkpoint, seed, i): the number of
 processes does not enter, nor, but for the last bits of floating-point sums, does the batch size. Stopped and started
-again by the same command, it goes on where it was.
+again by the same command, it goes on where it was. On several machines --out must be in a folder that all share.
 """
 import argparse
 import datetime
@@ -222,7 +222,7 @@ def parse_args():
     parser.add_argument("--seed", type=non_negative_int, default=0, help="sample i is a function of the seed and i")
     parser.add_argument("--frames", type=positive_int, help="frames per video; none: as trained")
     parser.add_argument("--size", type=positive_int, help="height and width; none: as trained")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="averaged or latest weights")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the latest")
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; none: the best there is")
     parser.add_argument("--out", type=Path, help=".npy file to write; none: samples_STEP.npy beside the checkpoint")
@@ -280,7 +280,8 @@ def main():
 
     # Finished videos wait in a folder until all are there.
     parts = [parts_of(out) / f"{i:07d}.npy" for i in range(args.num)]
-    # The processes take batches in turn; small ones if there would not be one for each.
+    # The processes take batches in turn; smaller ones if there would not be one for each. A batch that was stopped in
+    # the middle is drawn again whole, so that its sums are rounded as they would have been.
     batch_size = min(args.batch_size, math.ceil(args.num / world_size))
     batches = [range(first, min(first + batch_size, args.num)) for first in range(0, args.num, batch_size)]
     mine = [batch for batch in batches[rank::world_size] if not all(parts[i].exists() for i in batch)]
@@ -337,7 +338,7 @@ def run(name, main):
     try:
         main()
     except KeyboardInterrupt:
-        message = "interrupted; the same command goes on from here"
+        message = "interrupted; give the same command again to go on"
     except torch.OutOfMemoryError as error:
         message = (f"out of GPU memory ({str(error).split('. ')[0]}); try a smaller --batch-size, or for train.py "
                    "--grad-checkpoint or --grad-accum")

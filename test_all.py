@@ -1155,6 +1155,8 @@ def test_an_index_that_does_not_fit_is_refused(three_videos, change):
 
 def test_packing_never_overwrites(three_videos, tmp_path):
     before = three_videos.read_bytes()
+    with pytest.raises(data.DataError, match="packed.npy is packed already"):  # not one long video
+        data.pack(three_videos, tmp_path / "again.npy", size=8)
     with pytest.raises(data.DataError, match="packed.npy exists already"):
         data.pack(tmp_path / "source", three_videos, size=8)
     (tmp_path / "mine.json").write_text('["not an index"]')
@@ -1188,6 +1190,16 @@ def test_command_line(tmp_path):
     refused = command(tmp_path / "missing", "--size", 8, "--out", tmp_path / "out.npy")
     assert refused.returncode == 1 and refused.stdout == ""
     assert refused.stderr.count("\n") == 1 and refused.stderr.startswith("data.py: ") and "missing" in refused.stderr
+
+
+def test_bench_compares_and_says_in_one_line_what_fails():
+    command = [sys.executable, HERE / "bench.py", "layer", "--channels", "4", "--frames", "6", "--size", "2",
+               "--device", "cpu", "--repeats", "1", "--state-size"]
+    finished = subprocess.run([*command, "8"], capture_output=True, text=True, timeout=100)
+    assert finished.returncode == 0 and re.search(r"ours +[0-9.]+ s +[0-9]+ MB", finished.stdout), finished.stderr
+    finished = subprocess.run([*command, "7", "--only", "ours"], capture_output=True, text=True, timeout=100)
+    assert finished.returncode == 1 and finished.stderr.startswith("bench.py: state_size is 7")
+    assert len(finished.stderr.splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------------ files that travel

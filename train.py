@@ -48,7 +48,7 @@ PRESETS = {
                  mlp_dim=64, ema_start=100, ema_every=5, ema_decay=0.9, log_every=25, eval_every=50, save_every=50),
 }
 
-# What may be different when a run goes on: neither the model nor the data come out differently.
+# What may be different when a run goes on: none of it shapes the network or the data.
 MAY_CHANGE = {"preset", "steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision",
               "compile", "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips",
               "grid_samples"}
@@ -79,7 +79,7 @@ def fraction(text):
 
 
 def make_parser():
-    parser = Parser(prog="train.py", description="Train a video diffusion model.",
+    parser = Parser(prog="train.py", description="Train a video diffusion model. Defaults: --preset ucf101-32.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, help="none: the paper's column for --frames and --size")
 
@@ -88,7 +88,7 @@ def make_parser():
     group.add_argument("--split", choices=("train", "test", "all"), default="train", help="videos to train on")
     group.add_argument("--frames", type=positive_int, default=16, help="frames per clip")
     group.add_argument("--size", type=positive_int, default=32, help="height and width")
-    group.add_argument("--workers", type=non_negative_int, default=2, help="data loading processes of each process")
+    group.add_argument("--workers", type=non_negative_int, default=2, help="data loader workers of each process")
 
     group = parser.add_argument_group("network")
     group.add_argument("--temporal", choices=TEMPORAL_LAYERS, default="ssm", help="temporal layer")
@@ -114,12 +114,12 @@ def make_parser():
     group = parser.add_argument_group("optimisation")
     group.add_argument("--steps", type=positive_int, default=92_000, help="training steps in all")
     group.add_argument("--batch-size", type=positive_int, default=64, help="clips per step, over all processes")
-    group.add_argument("--grad-accum", type=positive_int, default=1, help="parts a process works its clips off in")
+    group.add_argument("--grad-accum", type=positive_int, default=1, help="micro-batches per step of each process")
     group.add_argument("--lr", type=positive_float, default=3e-4, help="learning rate of Adam, constant")
     group.add_argument("--grad-clip", type=positive_float, help="largest gradient norm; none: not clipped")
-    group.add_argument("--ema-decay", type=fraction, default=0.995, help="decay of the averaged weights, per update")
-    group.add_argument("--ema-every", type=positive_int, default=10, help="steps between two updates of the average")
-    group.add_argument("--ema-start", type=non_negative_int, default=2000, help="until this step the average is a copy")
+    group.add_argument("--ema-decay", type=fraction, default=0.995, help="decay of the EMA weights, per update")
+    group.add_argument("--ema-every", type=positive_int, default=10, help="steps between EMA updates")
+    group.add_argument("--ema-start", type=non_negative_int, default=2000, help="until this step the EMA is a copy")
     group.add_argument("--seed", type=non_negative_int, default=0, help="of first weights, clips, timesteps and noise")
 
     group = parser.add_argument_group("speed and memory")
@@ -322,7 +322,7 @@ def check_finite(pending, first_step, args):
     for i, (loss, grad_norm) in enumerate(pending):
         if not math.isfinite(loss + grad_norm):
             raise NotFinite(f"step {first_step + i}: loss {loss}, gradient norm {grad_norm} at --lr {args.lr} "
-                            f"--precision {args.precision}; checkpoint and average are as before. Try a lower --lr, "
+                            f"--precision {args.precision}; checkpoint and EMA are as before. Try a lower --lr, "
                             "--grad-clip 1, or --precision float32")
 
 
@@ -359,7 +359,7 @@ def describe(args, net, device, world_size):
     return "\n".join([
         f"preset {args.preset}: {flags}",
         f"{count_parameters(net):,} parameters, temporal layer {args.temporal}",
-        f"global batch {args.batch_size} = {world_size} processes x {args.grad_accum} parts x {b} clips; one part: "
+        f"global batch {args.batch_size} = {world_size} processes x {args.grad_accum} micro-batches x {b} clips; each: "
         f"uint8 {(b, args.frames, args.size, args.size, 3)} -> x and noise {(b, 3, args.frames, args.size, args.size)} "
         f"in [-1, 1], t {(b,)}",
         f"{device.type}, {precision}; output in {args.out.absolute()}"])
@@ -409,7 +409,7 @@ def train(args):
         replace_with(args.out / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=1)))
         trim_log(log_path, first_step)
 
-    # ---- network, average, optimiser
+    # ---- network, EMA, optimiser
     diffusion = Diffusion(args.diffusion_steps, device)
     net.to(device)
     ema = UNet3D(net.config).to(device).requires_grad_(False).eval()
@@ -445,7 +445,7 @@ def train(args):
     if world_size > 1:
         forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None,
                                           gradient_as_bucket_view=True)
-    parameters, averages = list(net.parameters()), list(ema.parameters())
+    parameters, ema_parameters = list(net.parameters()), list(ema.parameters())
     tensorboard = None
     if args.tensorboard and rank == 0:
         try:
@@ -486,12 +486,12 @@ def train(args):
         x_0 = to_float(batch.to(device, non_blocking=True))                                 # share c f h w
         t, noise = training_noise(x_0.shape[1:], args.seed, step - 1, indices, diffusion.T, device)
         loss_sum = torch.zeros((), device=device)
-        parts = list(zip(*(tensor.chunk(args.grad_accum) for tensor in (x_0, t, noise))))
-        for part in parts:
-            last = part is parts[-1]
+        micro_batches = list(zip(*(tensor.chunk(args.grad_accum) for tensor in (x_0, t, noise))))
+        for micro_batch in micro_batches:
+            last = micro_batch is micro_batches[-1]
             with contextlib.nullcontext() if last or world_size == 1 else forward.no_sync():
                 with autocast(device, args.precision):
-                    loss = diffusion.loss(forward, *part, kind=args.loss).mean() / args.grad_accum
+                    loss = diffusion.loss(forward, *micro_batch, kind=args.loss).mean() / args.grad_accum
                 loss.backward()
             loss_sum += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
@@ -519,9 +519,9 @@ def train(args):
         pending = []
         next_update = math.ceil(step / args.ema_every) * args.ema_every
         if next_update < args.ema_start:  # a copy then, so a copy now, for whatever is due, changes nothing later
-            torch._foreach_copy_(averages, parameters)
+            torch._foreach_copy_(ema_parameters, parameters)
         elif ema_due:
-            torch._foreach_lerp_(averages, parameters, 1 - args.ema_decay)
+            torch._foreach_lerp_(ema_parameters, parameters, 1 - args.ema_decay)
 
         record = None
         if log_due or eval_due:
