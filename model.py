@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from s4d import LayerNorm, TemporalSSM
+from s4d import LayerNorm, TemporalSSM, chunk_size, in_chunks
 
 TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "none")
 SPATIAL_HEAD_DIM = 32
@@ -203,17 +203,25 @@ class SpatialLinearAttention(nn.Module):
         self.to_out = nn.Conv3d(heads * head_dim, channels, 1)
 
     def forward(self, x):
-        return x + self.mix(self.norm(x))
+        return x + self.mix(x)
 
     def mix(self, x):
-        h, w = x.shape[-2:]
-        q, k, v = rearrange(self.to_qkv(x), "b (three heads d) f h w -> three b f heads d (h w)", three=3,
-                            heads=self.heads)
+        """Everything but the residual: (b, c, f, h, w) -> the same, a few frames at a time (`in_chunks`)."""
+        b, c, f, h, w = x.shape
+        frames = x.transpose(0, 1).reshape(c, b * f, h * w)                                 # a view when b = 1
+        out = in_chunks(self.attend, frames, dim=1, size=max(1, chunk_size(x.device) // (h * w)))
+        return out.view(c, b, f, h, w).transpose(0, 1)
+
+    def attend(self, x):
+        """x: n frames of p positions, (c, n, p) -> (c, n, p)."""
+        c, n, p = x.shape
+        qkv = self.to_qkv.weight.flatten(1) @ self.norm(x.flatten(1)[None])[0]
+        q, k, v = rearrange(qkv, "(three heads d) (n p) -> three n heads d p", three=3, heads=self.heads, n=n)
         q = q.softmax(dim=-2) * q.shape[-2] ** -0.5
         k = k.softmax(dim=-1)
-        context = k @ v.mT                                                                  # b f heads d e
-        out = context.mT @ q                                                                # b f heads e (h w)
-        return self.to_out(rearrange(out, "b f heads e (h w) -> b (heads e) f h w", h=h, w=w))
+        out = (k @ v.mT).mT @ q                                                             # n heads e p
+        out = rearrange(out, "n heads e p -> (heads e) (n p)")
+        return torch.addmm(self.to_out.bias[:, None], self.to_out.weight.flatten(1), out).view(c, n, p)
 
 
 class SpatialAttention(nn.Module):
