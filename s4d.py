@@ -17,6 +17,7 @@ The SSM (Gu et al. 2022, "On the Parameterization and Initialization of Diagonal
     s_k = Ā s_{k-1} + B̄ u_k,    y_k = 2 Re(C s_k) + D u_k,    Ā = exp(ΔA),  B̄ = (Ā - 1)/A  (B = 1)
 and unrolled, y = K * u + D u with K_l = 2 Re Σ_n C_n (exp(ΔA_n) - 1)/A_n · exp(ΔA_n l).
 """
+import contextlib
 import math
 
 import torch
@@ -165,11 +166,20 @@ class S4D(nn.Module):
         self.kernel = S4DKernel(d, state_size)
         self.D = nn.Parameter(torch.randn(d))
         self.output_linear = nn.Linear(d, 2 * d)
+        self.kept = None  # impulse response and versions of the parameters it came from, see `kernels_once`
 
     def impulse_response(self, L):
         """-> K (d, L) with D added at lag 0, so that the convolution with it is K * u + D u."""
+        if self.kept is not None:
+            K, versions = self.kept
+            if K.shape[1] == L and (torch.compiler.is_compiling() or versions == self.versions()):
+                return K
         K = self.kernel(L)
         return torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], 1)
+
+    def versions(self):
+        """How often each parameter of the kernel was written to."""
+        return [parameter._version for parameter in (*self.kernel.parameters(), self.D)]
 
     def output(self, y):
         """y: (d, columns), the output of the SSM -> GLU(Linear(GELU(y))), (d, columns)."""
@@ -178,6 +188,24 @@ class S4D(nn.Module):
     def forward(self, u):
         [y] = fft_conv(u, [(self.impulse_response(u.shape[2]), self.reverse)])
         return self.output(y.flatten(1)).unflatten(1, u.shape[1:])
+
+
+@contextlib.contextmanager
+def kernels_once(net, L):
+    """In this context every S4D inside `net` computes its kernel for L frames once, not at every call: for sampling.
+
+    A kernel whose parameters change in the meantime is not used (but compiled code does not look), and all are dropped
+    in the end.
+    """
+    ssms = [module for module in net.modules() if isinstance(module, S4D)]
+    try:
+        with torch.no_grad():
+            for ssm in ssms:
+                ssm.kept = ssm.impulse_response(L), ssm.versions()
+        yield
+    finally:
+        for ssm in ssms:
+            ssm.kept = None
 
 
 class LayerNorm(nn.Module):

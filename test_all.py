@@ -1,4 +1,5 @@
 """The tests, on the CPU, without a network: python -m pytest -q test_all.py"""
+import contextlib
 import json
 import math
 import multiprocessing
@@ -26,9 +27,11 @@ import s4d
 import sample
 import train
 from bench import TextbookTemporalSSM
+from data import MazeVideos
 from diffusion import Diffusion, sample_generators, training_noise
 from model import UNet3D, UNetConfig
 from s4d import S4D, S4DKernel, TemporalSSM
+from sample import draw
 
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE / "assets" / "reference"
@@ -242,9 +245,16 @@ ABLATIONS = [{}, {"bidirectional": False}, {"mlp_layers": 0}, {"mlp_layers": 1},
              {"mlp_position": "pre", "mlp_layers": 1}, {"skip": "norm"}]
 
 
+def use_chunks_of(columns, monkeypatch):
+    for module in (s4d, model):
+        monkeypatch.setattr(module, "chunk_size", lambda device: columns)
+
+
 @pytest.mark.parametrize("settings", ABLATIONS)
 @pytest.mark.parametrize("shape", [(2, 6, 5, 4, 2), (1, 6, 9, 2, 2), (2, 6, 1, 1, 1)])
-def test_temporal_ssm_is_the_textbook_layer(settings, shape):
+@pytest.mark.parametrize("columns", [7, 4096])
+def test_temporal_ssm_is_the_textbook_layer(settings, shape, columns, monkeypatch):
+    use_chunks_of(columns, monkeypatch)
     torch.manual_seed(0)
     layer = randomise(TemporalSSM(6, state_size=10, mlp_dim=7, **settings)).double()
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -254,6 +264,59 @@ def test_temporal_ssm_is_the_textbook_layer(settings, shape):
     weight = torch.randn_like(y)
     for ours, plain in zip(torch.autograd.grad(y, inputs, weight), torch.autograd.grad(expected, inputs, weight)):
         assert relative(ours, plain) < 1e-9
+
+
+def test_wide_hidden_layers_never_exist_whole(monkeypatch):
+    use_chunks_of(64, monkeypatch)
+    x = torch.randn(1, 4, 20, 8, 8, requires_grad=True)
+    for layer in (TemporalSSM(4, state_size=4, mlp_dim=64), model.SpatialLinearAttention(4, heads=2),
+                  model.TemporalAttention(4, heads=2, head_dim=32)):
+        args = [x, torch.randn(2, 20, 20, requires_grad=True)] if isinstance(layer, model.TemporalAttention) else [x]
+        with LargestTensor() as largest:
+            layer(*args).square().sum().backward()
+        assert largest.numel < 64 * 20 * 8 * 8 / 4, layer  # each has a layer of 64 channels or more
+
+
+@pytest.mark.parametrize("impl, power", [("sdpa", 1), ("math", 2)])
+def test_memory_of_attention_against_frames(impl, power):
+    layer = model.TemporalAttention(4, heads=2, head_dim=32, impl=impl)
+    kept = []
+    for frames in (128, 256):
+        bias = torch.randn(2, frames, frames, requires_grad=True)
+        x = torch.randn(1, 4, frames, 8, 8, requires_grad=True)
+        storages = {}
+
+        def note(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, note):
+            layer(x, bias)
+        kept.append(max(storages.values()))
+    assert kept[1] == kept[0] * 2 ** power
+
+
+def test_kernels_are_computed_once_and_dropped(monkeypatch):
+    torch.manual_seed(0)
+    net = UNet3D(UNetConfig(**TINY)).eval()
+    calls = []
+    kernel_of = S4DKernel.forward
+    monkeypatch.setattr(S4DKernel, "forward", lambda self, L: calls.append(self) or kernel_of(self, L))
+    kernels = {id(module) for module in net.modules() if isinstance(module, S4DKernel)}
+    videos = draw(net, Diffusion(5), 0, [0], (3, 6, 8, 8))
+    assert len(calls) == len(kernels) == len({id(kernel) for kernel in calls})
+
+    ssm = net.mid_temporal.directions[0]
+    with s4d.kernels_once(net, 6), torch.no_grad():
+        K = ssm.impulse_response(6)
+        assert ssm.impulse_response(6) is K and ssm.impulse_response(7).shape[1] == 7
+        ssm.D.add_(1)
+        assert torch.allclose(ssm.impulse_response(6)[:, 0], K[:, 0] + 1)
+    assert all(module.kept is None for module in net.modules() if isinstance(module, S4D))
+    monkeypatch.setattr("sample.kernels_once", lambda net, frames: contextlib.nullcontext())
+    with torch.no_grad():
+        ssm.D.sub_(1)
+    assert np.array_equal(draw(net, Diffusion(5), 0, [0], (3, 6, 8, 8)), videos)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
@@ -286,11 +349,13 @@ def rotate_slowly(x, freqs):
 
 
 @pytest.mark.parametrize("linear", [False, True])
-def test_temporal_attention_is_the_plain_formula(linear, monkeypatch):
+@pytest.mark.parametrize("impl", model.ATTENTION_IMPLS)
+def test_temporal_attention_is_the_plain_formula(linear, impl, monkeypatch):
     monkeypatch.setattr(model, "MAX_SEQUENCES", 3)  # of 4 here
     torch.manual_seed(0)
     heads, d, f = 2, 40, 6  # features 32 .. 39 are not rotated
-    layer = (model.TemporalLinearAttention if linear else model.TemporalAttention)(5, heads, d).double()
+    layer = (model.TemporalLinearAttention if linear else model.TemporalAttention)(5, heads, d, impl).double()
+    layer.norm = torch.nn.Identity()
     bias = torch.randn(heads, f, f, dtype=torch.float64)
     x = torch.randn(2, 5, f, 1, 2, dtype=torch.float64)
     expected = torch.zeros_like(x)
@@ -318,6 +383,54 @@ def test_every_parameter_has_a_gradient(temporal):
         net(torch.randn(2, 3, 5, 8, 8), torch.tensor([3, 200])).square().mean().backward()
         without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
         assert not without
+
+
+@pytest.mark.parametrize("temporal", model.TEMPORAL_LAYERS)
+def test_compiled_network_is_one_graph_and_stays_it(temporal):
+    """With a backend that compiles nothing: what is tested is that torch.compile can follow the whole network."""
+    torch.manual_seed(0)
+    net = UNet3D(UNetConfig(temporal, **TINY | {"channel_mults": (1,)}), grad_checkpoint=True)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(net, backend=backend, fullgraph=True, dynamic=False)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x, t = torch.randn(1, 3, 4, 8, 8), torch.tensor([seed])
+        ours = torch.autograd.grad(compiled(x, t).square().mean(), list(net.parameters()))
+        plain = torch.autograd.grad(net(x, t).square().mean(), list(net.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain))
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(1.01)
+    torch.compiler.reset()
+    assert len(graphs) == 1
+
+
+def test_bfloat16_training_tracks_float32():
+    videos = MazeVideos(4, 16)
+    losses = {}
+    for precision in ("float32", "bf16"):
+        torch.manual_seed(0)
+        net = UNet3D(UNetConfig(**TINY))
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+        diffusion = Diffusion(64)
+        losses[precision] = []
+        for step in range(50):
+            x_0 = data.to_float(torch.from_numpy(np.stack([videos.clip(0, step, i) for i in range(4)])))
+            t, noise = training_noise(x_0.shape[1:], 0, step, range(4), diffusion.T)
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                loss = diffusion.loss(net, x_0, t, noise).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[precision].append(loss.item())
+    ours, plain = np.array(losses["bf16"]), np.array(losses["float32"])
+    assert plain[-10:].mean() < plain[:10].mean() * 0.8
+    assert np.abs(ours / plain - 1).max() < 0.03
 
 
 def test_grad_checkpoint_changes_no_gradient():
