@@ -153,7 +153,8 @@ class TemporalAttention(nn.Module):
     def attend(self, x, bias):
         """x: (p, f, c) -> (p, f, c)."""
         x = self.norm(x.mT).mT
-        q, k, v = rearrange(self.to_qkv(x), "p f (three heads d) -> three p heads f d", three=3, heads=self.heads)
+        q, k, v = (rearrange(part, "p f (heads d) -> p heads f d", heads=self.heads)
+                   for part in self.to_qkv(x).chunk(3, dim=-1))
         q, k = rotary_embedding(q, self.rotary_freqs), rotary_embedding(k, self.rotary_freqs)
         out = self.attention(q, k, v, bias)                                                 # p heads f d
         return self.to_out(rearrange(out, "p heads f d -> p f (heads d)"))
@@ -235,7 +236,8 @@ class SpatialLinearAttention(nn.Module):
         """x: n frames of p positions, (c, n, p) -> (c, n, p)."""
         c, n, p = x.shape
         qkv = self.to_qkv.weight.flatten(1) @ self.norm(x.flatten(1)[None])[0]
-        q, k, v = rearrange(qkv, "(three heads d) (n p) -> three n heads d p", three=3, heads=self.heads, n=n)
+        # apart before they are rearranged: the gradients are then put together in one copy, not two
+        q, k, v = (rearrange(part, "(heads d) (n p) -> n heads d p", heads=self.heads, n=n) for part in qkv.chunk(3))
         q = q.softmax(dim=-2) * q.shape[-2] ** -0.5
         k = k.softmax(dim=-1)
         out = (k @ v.mT).mT @ q                                                             # n heads e p
@@ -256,7 +258,8 @@ class SpatialAttention(nn.Module):
     def forward(self, x):
         h, w = x.shape[-2:]
         tokens = rearrange(self.norm(x), "b c f h w -> (b f) (h w) c")
-        q, k, v = rearrange(self.to_qkv(tokens), "n p (three heads d) -> three n heads p d", three=3, heads=self.heads)
+        q, k, v = (rearrange(part, "n p (heads d) -> n heads p d", heads=self.heads)
+                   for part in self.to_qkv(tokens).chunk(3, dim=-1))
         out = F.scaled_dot_product_attention(q, k, v)                                       # (b f) heads p d
         out = self.to_out(rearrange(out, "n heads p d -> n p (heads d)"))
         return x + rearrange(out, "(b f) (h w) c -> b c f h w", b=len(x), h=h, w=w)
