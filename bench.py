@@ -294,12 +294,17 @@ def proc(name, path="/proc/self/status"):
 
 
 def give_memory_back(device):
-    """Return freed memory to the system, so that a process that waits holds little more than its parameters."""
+    """Return freed memory to the system, so that a process that waits holds little more than its parameters.
+
+    On a CPU only when memory is short: the pages would have to be mapped anew in the next step, which takes time.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc
-        ctypes.CDLL(None).malloc_trim(0)
+        memory = "/proc/meminfo"
+        if os.path.exists(memory) and proc("MemAvailable", memory) < 0.7 * proc("MemTotal", memory):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def limit_memory(args, device, start):

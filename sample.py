@@ -234,7 +234,7 @@ def parse_args():
     parser.add_argument("--num", "--num-samples", type=positive_int, default=16,
                         help="number of videos (under torchrun write --num-samples: --num is ambiguous to torchrun)")
     parser.add_argument("--batch-size", type=positive_int,
-                        help="videos drawn at once by each process; none: 8, on CUDA as many as memory allows, up to 64")
+                        help="videos drawn at once by each process; none: 8, on CUDA up to 64, as memory allows")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="sample i is a function of the seed and i")
     parser.add_argument("--frames", type=positive_int, help="frames per video; none: as trained")
     parser.add_argument("--size", type=positive_int, help="height and width; none: as trained")

@@ -167,9 +167,10 @@ def parse_args(argv=None):
 
 def unet_config(args):
     return UNetConfig(temporal=args.temporal, base_channels=args.base_channels, channel_mults=tuple(args.channel_mults),
-                      time_dim=args.time_dim, heads=args.heads, head_dim=args.head_dim, attention_impl=args.attention_impl,
-                      state_size=args.state_size, mlp_dim=args.mlp_dim, mlp_layers=args.mlp_layers,
-                      mlp_position=args.mlp_position, bidirectional=not args.unidirectional, skip=args.skip)
+                      time_dim=args.time_dim, heads=args.heads, head_dim=args.head_dim,
+                      attention_impl=args.attention_impl, state_size=args.state_size, mlp_dim=args.mlp_dim,
+                      mlp_layers=args.mlp_layers, mlp_position=args.mlp_position,
+                      bidirectional=not args.unidirectional, skip=args.skip)
 
 
 def check_args(args, world_size):
