@@ -338,7 +338,8 @@ def timed(step, device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
-    return seconds, peak_memory(device) if device.type == "cuda" else proc("VmHWM") or peak_memory(device)
+    peak = proc("VmHWM") if device.type == "cpu" else None
+    return seconds, peak or peak_memory(device)
 
 
 def serve(row, args, pipe):
@@ -474,13 +475,14 @@ def draw(path, rows):
             for row in curve:
                 if row.out_of_memory:  # a cross at the top of both panels
                     for panel in panels:
-                        panel.plot(row.frames, 0.97 - 0.04 * i, "x", color=style["color"], markersize=9,
+                        panel.plot(row.frames, 0.97 - 0.03 * i, "x", color=style["color"], markersize=9,
                                    transform=panel.get_xaxis_transform())
         frames = sorted({row.frames for curve in curves.values() for row in curve})
         for panel, label in zip(panels, ("peak memory in GB", "seconds")):
             panel.set(xscale="log", yscale="log", xlabel="frames", ylabel=label, title=what)
             panel.set_xticks(frames, map(str, frames))
-            panel.minorticks_off()
+            panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+            panel.margins(y=0.2)  # room for the crosses
         panels[0].legend(title=f"x: {OUT_OF_MEMORY}")
     replace_with(path, functools.partial(figure.savefig, format="png", dpi=120))
 
@@ -562,6 +564,7 @@ def main():
 
     torch.set_num_threads(args.threads)
     peak = matmul_peak(device, args.precision)
+    give_memory_back(device)
     heading = [f"{describe(device)}, {args.threads} thread(s), torch {torch.__version__}, {args.precision}, "
                f"{args.size}x{args.size}, batch {args.batch_size}, base {args.base_channels}: "
                f"`{shlex.join(['python', 'bench.py', *sys.argv[1:]])}`",
