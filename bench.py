@@ -294,17 +294,18 @@ def proc(name, path="/proc/self/status"):
 
 
 def give_memory_back(device):
-    """Return freed memory to the system, so that a process that waits holds little more than its parameters.
-
-    On a CPU only when memory is short: the pages would have to be mapped anew in the next step, which takes time.
-    """
+    """Return freed memory to the system, so that a process that waits holds little more than its parameters."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc
-        memory = "/proc/meminfo"
-        if os.path.exists(memory) and proc("MemAvailable", memory) < 0.7 * proc("MemTotal", memory):
-            ctypes.CDLL(None).malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def memory_is_short(device):
+    """Whether others need what this process has freed. (A CPU would have to map it anew in the next step.)"""
+    info = "/proc/meminfo"
+    return device.type == "cuda" or not os.path.exists(info) or proc("MemAvailable", info) < 0.7 * proc("MemTotal", info)
 
 
 def limit_memory(args, device, start):
@@ -362,7 +363,8 @@ def serve(row, args, pipe):
                 if device.type == "cuda":
                     step()  # asks for the memory again that was given back after the last turn
                 seconds, peak = timed(step, device)
-                give_memory_back(device)
+                if memory_is_short(device):
+                    give_memory_back(device)
                 pipe.send((seconds, peak - before))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(
