@@ -111,17 +111,56 @@ class TextbookTemporalSSM(Textbook):
 
     def s4d(self, ssm, u):
         """u: (p, f, c) -> (p, f, c)."""
-        u, L = u.mT, u.shape[1]                                                             # p c f
-        k = ssm.kernel
-        A = torch.complex(-k.log_A_real.exp(), k.A_imag)                                    # c n
-        dtA = A * k.log_dt.exp()[:, None]
-        CB = torch.view_as_complex(k.C) * (torch.exp(dtA) - 1) / A
-        vandermonde = torch.exp(dtA[..., None] * torch.arange(L, device=u.device))          # c n f
-        K = 2 * torch.einsum("cn,cnl->cl", CB, vandermonde).real                            # c f
-        y = torch.fft.irfft(torch.fft.rfft(u.to(K.dtype), 2 * L) * torch.fft.rfft(K, 2 * L), 2 * L)[..., :L]
-        y = F.gelu(y + u * ssm.D[:, None])                                                  # p c f
+        y = F.gelu(textbook_ssm(ssm, u)).mT                                                 # p c f
         y = F.conv1d(y, ssm.output_linear.weight[..., None], ssm.output_linear.bias)        # p 2c f
         return F.glu(y, dim=1).mT
+
+
+def textbook_ssm(ssm, u):
+    """K * u + D u, forward in time; u: (p, f, c) -> (p, f, c)."""
+    u, L = u.mT, u.shape[1]                                                                 # p c f
+    k = ssm.kernel
+    A = torch.complex(-k.log_A_real.exp(), k.A_imag)                                        # c n
+    dtA = A * k.log_dt.exp()[:, None]
+    CB = torch.view_as_complex(k.C) * (torch.exp(dtA) - 1) / A
+    vandermonde = torch.exp(dtA[..., None] * torch.arange(L, device=u.device))              # c n f
+    K = 2 * torch.einsum("cn,cnl->cl", CB, vandermonde).real                                # c f
+    y = torch.fft.irfft(torch.fft.rfft(u.to(K.dtype), 2 * L) * torch.fft.rfft(K, 2 * L), 2 * L)[..., :L]
+    return (y + u * ssm.D[:, None]).mT
+
+
+class TextbookTemporalGSS(Textbook):
+    """As in the paper's Appendix C."""
+
+    def forward(self, x):
+        layer, (h, w) = self.layer, x.shape[-2:]
+        X = rearrange(layer_norm(layer.norm, x), "b c f h w -> (b h w) f c")
+        product = 1
+        for before, ssm, after in zip(layer.before, layer.directions, layer.after):
+            y = after(textbook_ssm(ssm, F.gelu(before(X.flip(1) if ssm.reverse else X))))
+            product = product * (y.flip(1) if ssm.reverse else y)
+        out = layer.out(F.gelu(layer.up(product)) * F.gelu(layer.shortcut(X)))
+        return x + rearrange(out, "(b h w) f c -> b c f h w", h=h, w=w)
+
+
+class TextbookTemporalMamba(Textbook):
+    """As in the paper's Appendix C; a selective SSM is computed as it is."""
+
+    def forward(self, x):
+        layer, (h, w) = self.layer, x.shape[-2:]
+        X = rearrange(layer_norm(layer.norm, x), "b c f h w -> (b h w) f c")
+        A, gate = layer.to_input(X), F.silu(layer.to_gate(X))
+        out = 0
+        for conv, ssm in zip(layer.convs, layer.directions):
+            u = F.silu(conv(F.pad((A.flip(1) if ssm.reverse else A).mT, (3, 0)))).mT
+            if layer.ssm == "s6":
+                y = ssm.scan(u.permute(2, 0, 1)).permute(1, 2, 0)
+            else:
+                y = textbook_ssm(ssm, u)
+            out = out + (y.flip(1) if ssm.reverse else y) * gate
+        out = layer.out[0](out)
+        out = layer.out[1](F.silu(out)) if len(layer.out) == 2 else out
+        return x + rearrange(out, "(b h w) f c -> b c f h w", h=h, w=w)
 
 
 class TextbookTemporalAttention(Textbook):
@@ -170,6 +209,7 @@ class TextbookBlock(Textbook):
 
 TEXTBOOK = {TemporalSSM: TextbookTemporalSSM, model.TemporalAttention: TextbookTemporalAttention,
             model.TemporalLinearAttention: TextbookTemporalLinearAttention,
+            model.TemporalGSS: TextbookTemporalGSS, model.TemporalMamba: TextbookTemporalMamba,
             model.SpatialLinearAttention: TextbookSpatialLinearAttention, model.Block: TextbookBlock}
 
 

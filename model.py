@@ -1,5 +1,5 @@
 """The 3D U-Net of Video Diffusion Models (Ho et al. 2022, arXiv 2204.03458) with an exchangeable temporal layer:
-bidirectional S4D (arXiv 2403.07711), attention, linear attention, or none.
+bidirectional S4D (arXiv 2403.07711), its rivals there (attention, linear attention, GSS and BiGS, Mamba), or none.
 
     net = UNet3D(UNetConfig(temporal="ssm"))
     eps = net(torch.randn(2, 3, 16, 32, 32), torch.tensor([0, 255]))     # (b, c, f, h, w), (b,) -> (b, c, f, h, w)
@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from s4d import LayerNorm, TemporalSSM, chunk_size, in_chunks
+from s4d import S6, DiagonalSSM, LayerNorm, TemporalLayer, TemporalSSM, chunk_size, convolve, in_chunks, linear
 
-TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "none")
+TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "gss", "mamba", "none")
+SSMS = ("s4d", "s6")
 ATTENTION_IMPLS = ("sdpa", "math")
 SPATIAL_HEAD_DIM = 32
 MAX_SEQUENCES = 2 ** 15  # per call of attention: its fused CUDA kernels fail beyond 65,535, a batch of 64 at 32x32
@@ -39,12 +40,19 @@ class UNetConfig:
     heads: int = 8                      # of every attention, spatial ones (32 wide per head) included
     head_dim: int = 64                  # of temporal attention
     attention_impl: str = "sdpa"        # of temporal attention, or "math": with all logits at once, as in the paper
-    state_size: int = 512               # N of each SSM
-    mlp_dim: int = 512                  # hidden width of the temporal SSM layer's MLP
+    state_size: int | None = None       # N of each SSM; None: 512, of S6 16
+    mlp_dim: int | None = None          # hidden width of an SSM layer; None: 512, of gss 3 x channels, of mamba no MLP
     mlp_layers: int = 2
     mlp_position: str = "post"
     bidirectional: bool = True
     skip: str = "input"                 # of the temporal SSM layer: its input, or the normalised input ("norm")
+    ssm: str = "s4d"                    # of mamba, or "s6": selective
+
+    def __post_init__(self):
+        if self.state_size is None:
+            self.state_size = 16 if self.ssm == "s6" else 512
+        if self.mlp_dim is None and self.temporal not in ("gss", "mamba"):
+            self.mlp_dim = 512
 
 
 def make_temporal_layer(config, channels):
@@ -59,6 +67,10 @@ def make_temporal_layer(config, channels):
         return TemporalAttention(channels, config.heads, config.head_dim, config.attention_impl)
     if config.temporal == "linear-attention":
         return TemporalLinearAttention(channels, config.heads, config.head_dim)
+    if config.temporal == "gss":
+        return TemporalGSS(channels, config.state_size, config.mlp_dim, config.bidirectional)
+    if config.temporal == "mamba":
+        return TemporalMamba(channels, config.state_size, config.mlp_dim, config.bidirectional, config.ssm)
     if config.temporal == "none":
         return nn.Identity()
     raise ValueError(f"temporal layer is {config.temporal!r}; expected one of {', '.join(TEMPORAL_LAYERS)}")
@@ -174,6 +186,107 @@ class TemporalLinearAttention(TemporalAttention):
         q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
         k = k.softmax(dim=-2)
         return q @ (k.mT @ v)                                                               # p heads f d
+
+
+class TemporalGSS(TemporalLayer):
+    """Gated state space (GSS; Mehta et al. 2023) or, bidirectional, BiGS (Wang et al. 2022), on S4D, with a residual:
+
+        H = LayerNorm(X)
+        F = W_f SSM_fwd(GELU(V_f H)),  B = Flip(W_b SSM_bwd(GELU(V_b Flip(H))))          all of width c
+        O = W_o (GELU(W_u (F · B)) · GELU(W_s H)) + X                                    inside of width m
+
+    channels: c. state_size: N. mlp_dim: m; None: 3c. bidirectional: False leaves B out (GSS), and the layer is causal.
+    forward: X (b, channels, f, ...) -> the same shape.
+    """
+
+    def __init__(self, channels, state_size=512, mlp_dim=None, bidirectional=True):
+        super().__init__()
+        hidden = mlp_dim or 3 * channels
+        self.norm = LayerNorm(channels)
+        reverses = [False, True] if bidirectional else [False]
+        self.before = nn.ModuleList(nn.Linear(channels, channels) for _ in reverses)             # V
+        self.directions = nn.ModuleList(DiagonalSSM(channels, state_size, reverse) for reverse in reverses)
+        self.after = nn.ModuleList(nn.Linear(channels, channels) for _ in reverses)              # W
+        self.shortcut = nn.Linear(channels, hidden)                                              # W_s
+        self.up = nn.Linear(channels, hidden)                                                    # W_u
+        self.out = nn.Linear(hidden, channels)                                                   # W_o
+
+    def inputs(self, X):
+        H = self.norm(X[None])[0]
+        return torch.cat([F.gelu(linear(H, layer)) for layer in self.before])
+
+    def over_time(self, u, toeplitz):
+        return [y for part, ssm in zip(u.chunk(len(self.directions)), self.directions)
+                for y in convolve(part, [ssm], toeplitz)]
+
+    def output(self, X, *ys):
+        product = math.prod(linear(y, layer) for y, layer in zip(ys, self.after))                # F · B
+        shortcut = F.gelu(linear(self.norm(X[None])[0], self.shortcut))
+        return linear(F.gelu(linear(product, self.up)) * shortcut, self.out)
+
+
+class TemporalMamba(TemporalLayer):
+    """Mamba (Gu & Dao 2023) or, bidirectional, Bi-Mamba (Zhu et al. 2024), with a residual:
+
+        H = LayerNorm(X)
+        A, G = W_in H                                                                    of width 2c each
+        F = SSM_fwd(SiLU(Conv_fwd(A))),  B = Flip(SSM_bwd(SiLU(Conv_bwd(Flip(A)))))      Conv: causal, of 4 frames
+        O = W_out ((F + B) · SiLU(G)) + X
+
+    channels:      c.
+    state_size:    N.
+    mlp_dim:       hidden width of an MLP, Linear, SiLU, Linear, in the place of W_out; None: without.
+    bidirectional: False leaves B out, and the layer is causal.
+    ssm:           "s4d", as in the paper, or "s6", Mamba's own.
+    forward: X (b, channels, f, ...) -> the same shape. Raises ValueError for another ssm.
+    """
+
+    def __init__(self, channels, state_size=512, mlp_dim=None, bidirectional=True, ssm="s4d"):
+        super().__init__()
+        if ssm not in SSMS:
+            raise ValueError(f"ssm is {ssm!r}; expected one of {', '.join(SSMS)}")
+        self.width, self.ssm = 2 * channels, ssm
+        reverses = [False, True] if bidirectional else [False]
+        self.norm = LayerNorm(channels)
+        self.to_input = nn.Linear(channels, self.width)
+        self.to_gate = nn.Linear(channels, self.width)
+        self.convs = nn.ModuleList(nn.Conv1d(self.width, self.width, 4, groups=self.width) for _ in reverses)
+        if ssm == "s6":
+            directions = [S6(self.width, state_size, math.ceil(channels / 16), reverse) for reverse in reverses]
+        else:
+            directions = [DiagonalSSM(self.width, state_size, reverse) for reverse in reverses]
+        self.directions = nn.ModuleList(directions)
+        widths = [self.width, mlp_dim, channels] if mlp_dim else [self.width, channels]
+        self.out = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:]))
+
+    def inputs(self, X):
+        return linear(self.norm(X[None])[0], self.to_input)
+
+    def over_time(self, u, toeplitz):
+        ys = []
+        for conv, ssm in zip(self.convs, self.directions):
+            v = F.silu(self.short_conv(u, conv, ssm.reverse, toeplitz))
+            if self.ssm == "s4d":
+                ys += convolve(v, [ssm], toeplitz)
+            else:
+                ys.append(ssm(v.mT).mT if toeplitz else ssm(v))                                  # it takes frames last
+        return ys
+
+    def short_conv(self, u, conv, reverse, toeplitz):
+        """y_k = Σ_j w_j u_{k-3+j}, or backward in time, y_k = Σ_j w_j u_{k+3-j}; u as in `over_time` -> the same."""
+        weight = conv.weight.flip(2) if reverse else conv.weight                                 # 2c 1 4
+        past = weight.shape[2] - 1
+        # padded on both sides: of the outcome, the first f frames look back and the last f ahead
+        if toeplitz:
+            y = F.conv2d(u[None], weight[..., None], conv.bias, padding=(past, 0), groups=self.width)[0]
+            return y[:, past:] if reverse else y[:, :-past]
+        y = F.conv2d(u[None], weight[:, :, None], conv.bias, padding=(0, past), groups=self.width)[0]
+        return y[..., past:] if reverse else y[..., :-past]
+
+    def output(self, X, *ys):
+        gate = F.silu(linear(self.norm(X[None])[0], self.to_gate))
+        out = linear(sum(ys) * gate, self.out[0])
+        return linear(F.silu(out), self.out[1]) if len(self.out) == 2 else out
 
 
 # ---------------------------------------------------------------------------------------- spatial layers

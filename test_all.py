@@ -315,21 +315,11 @@ def test_kernels_are_computed_once_and_dropped(monkeypatch):
         assert ssm.impulse_response(6) is K and ssm.impulse_response(7).shape[1] == 7
         ssm.D.add_(1)
         assert torch.allclose(ssm.impulse_response(6)[:, 0], K[:, 0] + 1)
-    assert all(module.kept is None for module in net.modules() if isinstance(module, S4D))
+    assert all(module.kept is None for module in net.modules() if isinstance(module, s4d.DiagonalSSM))
     monkeypatch.setattr("sample.kernels_once", lambda net, frames: contextlib.nullcontext())
     with torch.no_grad():
         ssm.D.sub_(1)
     assert np.array_equal(draw(net, Diffusion(5), 0, [0], (3, 6, 8, 8)), videos)
-
-
-@pytest.mark.parametrize("bidirectional", [False, True])
-def test_which_frames_a_frame_sees(bidirectional):
-    torch.manual_seed(0)
-    layer = TemporalSSM(4, state_size=8, mlp_dim=8, bidirectional=bidirectional)
-    x = torch.randn(1, 4, 7, 2, 2, requires_grad=True)
-    [gradient] = torch.autograd.grad(layer(x)[:, :, 3].square().sum(), x)
-    seen = gradient.abs().amax(dim=(0, 1, 3, 4)) > 1e-5  # FFTs round
-    assert seen.tolist() == [True] * 4 + [bidirectional] * 3
 
 
 @pytest.mark.parametrize("settings", [{"mlp_layers": 3}, {"mlp_position": "middle"}, {"skip": "x"}, {"state_size": 7}])
@@ -337,6 +327,156 @@ def test_temporal_ssm_refuses(settings):
     [(name, value)] = settings.items()
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
         TemporalSSM(4, **settings)
+
+
+# ------------------------------------------------------------------------------------------------ GSS, Mamba, S6
+
+GSS_NAMES = [("s4d_rev.", "directions.1."), ("s4d.", "directions.0."), ("fc_shortcut", "shortcut"),
+             ("fc_rev1", "before.1"), ("fc_rev2", "after.1"), ("fc1", "before.0"), ("fc2", "after.0"), ("fc3", "up"),
+             ("fc_out", "out")]
+MAMBA_NAMES = [("s4d_rev.", "directions.1."), ("s4d.", "directions.0."), ("conv_rev", "convs.1"), ("conv.", "convs.0."),
+               ("fc_out_1", "out.0"), ("fc_out_2", "out.1"), ("fc_out", "out.0")]
+
+
+@pytest.mark.parametrize("tag, layer, bidirectional, mlp_dim", [
+    ("gss", model.TemporalGSS, False, None), ("bigs", model.TemporalGSS, True, None),
+    ("bigs_mlp_dim", model.TemporalGSS, True, 12), ("mamba", model.TemporalMamba, False, None),
+    ("bimamba", model.TemporalMamba, True, None), ("bimamba_mlp_dim", model.TemporalMamba, True, 12)])
+def test_reference_rivals(tag, layer, bidirectional, mlp_dim):
+    archive = np.load(REFERENCE / "layers.npz")
+    layer = layer(8, state_size=16, mlp_dim=mlp_dim, bidirectional=bidirectional)
+    layer.norm = torch.nn.Identity()  # the reference leaves the normalisation out
+    given = {name.removeprefix(f"{tag}/param/"): torch.from_numpy(archive[name]) for name in archive.files
+             if name.startswith(f"{tag}/param/")}
+    for kind in ("weight", "bias"):  # ours are two layers
+        if f"fc_init.{kind}" in given:
+            given[f"to_input.{kind}"], given[f"to_gate.{kind}"] = given.pop(f"fc_init.{kind}").chunk(2)
+    names = GSS_NAMES if isinstance(layer, model.TemporalGSS) else MAMBA_NAMES
+    layer.load_state_dict({replace_all(name, names): value for name, value in given.items()})
+    x, y = (torch.from_numpy(archive[f"{tag}/{key}"]).transpose(1, 2) for key in ("in", "out"))     # b c f
+    assert relative(layer.mix(x), y) < 1e-5
+    assert relative(layer(x), x + y) < 1e-5
+    x, y = (z.permute(1, 2, 0)[None].repeat(1, 1, 1, 7)[..., None] for z in (x, y))                 # 1 c f 7b 1
+    assert relative(layer.mix(x), y) < 1e-5  # as many positions as frames: by Toeplitz matrix
+
+
+RIVALS = [(model.TemporalGSS, {}), (model.TemporalGSS, {"mlp_dim": 5}), (model.TemporalMamba, {}),
+          (model.TemporalMamba, {"mlp_dim": 5}), (model.TemporalMamba, {"ssm": "s6"})]
+
+
+@pytest.mark.parametrize("layer, settings", RIVALS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("shape", [(2, 6, 5, 4, 2), (1, 6, 9, 2, 2), (2, 6, 1, 1, 1)])
+@pytest.mark.parametrize("columns", [7, 4096])
+def test_rivals_are_the_textbook_layers(layer, settings, bidirectional, shape, columns, monkeypatch):
+    use_chunks_of(columns, monkeypatch)
+    torch.manual_seed(0)
+    layer = randomise(layer(6, state_size=4, bidirectional=bidirectional, **settings)).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    y, expected = layer(x), bench.TEXTBOOK[type(layer)](layer)(x)
+    assert relative(y, expected) < 1e-10
+    weight = torch.randn_like(y)
+    ours, plain = (torch.autograd.grad(out, inputs, weight) for out in (y, expected))
+    scale = max(gradient.norm() for gradient in plain)
+    for our, gradient in zip(ours, plain):  # with one frame, that of the state matrix is nothing but rounding
+        assert (our - gradient).norm() < 1e-9 * gradient.norm() + 1e-13 * scale
+        assert gradient.any() or shape[2] == 1
+
+
+@pytest.mark.parametrize("layer, settings", [(TemporalSSM, settings) for settings in (
+    {}, {"mlp_position": "pre"}, {"mlp_layers": 1}, {"mlp_layers": 0}, {"skip": "norm"})] + RIVALS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("positions", [1, 3])  # on a side: by FFT, by Toeplitz matrix
+def test_which_frames_a_frame_sees(layer, settings, bidirectional, positions):
+    torch.manual_seed(0)
+    layer = randomise(layer(4, state_size=8, bidirectional=bidirectional, **settings)).double()
+    x = torch.randn(1, 4, 7, positions, positions, dtype=torch.float64, requires_grad=True)
+    for frame in range(7):
+        [gradient] = torch.autograd.grad(layer(x)[:, :, frame, 0, 0].square().sum(), x)
+        seen = gradient.abs().amax(dim=(0, 1))                                                      # f h w
+        assert (seen[:frame + 1, 0, 0] > 1e-12).all(), "the past"
+        later = seen[frame + 1:, 0, 0]
+        assert (later > 1e-12).all() if bidirectional else (later < 1e-14).all(), "the future"
+        seen[:, 0, 0] = 0
+        assert not (seen > 1e-14).any(), "other positions"
+
+
+def selective_recurrence(ssm, u):
+    """h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k u_k, y_k = C_k h_k + D u_k, step by step. u: (d, p, L) -> (d, p, L)."""
+    rank, N, _ = ssm.sizes
+    h = torch.zeros(u.shape[1], u.shape[0], N, dtype=u.dtype)                                       # p d N
+    steps = range(u.shape[2])
+    ys = {}
+    for k in reversed(steps) if ssm.reverse else steps:
+        u_k = u[:, :, k].T                                                                          # p d
+        numbers = u_k @ ssm.x_proj.weight.T
+        dt = torch.log1p(torch.exp(numbers[:, :rank] @ ssm.dt_proj.weight.T + ssm.dt_proj.bias))    # p d
+        B, C = numbers[:, None, rank:rank + N], numbers[:, None, rank + N:]                         # p 1 N
+        h = torch.exp(-dt[..., None] * ssm.A_log.exp()) * h + (dt * u_k)[..., None] * B
+        ys[k] = (h * C).sum(-1) + ssm.D * u_k
+    return torch.stack([ys[k].T for k in steps], 2)
+
+
+@pytest.mark.parametrize("L", [1, 2, 33])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_s6_is_the_selective_recurrence(L, reverse, chunks, monkeypatch):
+    torch.manual_seed(0)
+    ssm = randomise(s4d.S6(5, state_size=4, dt_rank=2, reverse=reverse)).double()
+    u, weight = torch.randn(2, 5, 6, L, dtype=torch.float64)
+    u.requires_grad_()
+    if chunks > 1:
+        in_chunks = s4d.in_chunks
+        monkeypatch.setattr(s4d, "in_chunks", lambda scan, u, dim, size, keep: in_chunks(scan, u, dim=1, size=2,
+                                                                                         keep=1))
+    inputs = [u, *ssm.parameters()]
+    y, expected = ssm(u), selective_recurrence(ssm, u)
+    assert relative(y, expected) < 1e-10
+    for ours, plain in zip(*(torch.autograd.grad((out * weight).sum(), inputs) for out in (y, expected))):
+        assert (ours - plain).norm() <= 1e-10 * plain.norm()
+    assert relative(ssm.float()(u.float()), expected) < 1e-5
+
+
+def test_s6_starts_as_mamba_does():
+    ssm = s4d.S6(4096, dt_rank=3)
+    dt = torch.nn.functional.softplus(ssm.dt_proj.bias)
+    assert dt.min() > 0.999e-3 and dt.max() < 0.1001 and abs(dt.log().mean() - math.log(1e-2)) < 0.1
+    assert torch.allclose(-torch.exp(ssm.A_log[7]), -torch.arange(1.0, 17.0)) and (ssm.D == 1).all()
+    assert model.TemporalMamba(40, state_size=16, ssm="s6").directions[0].dt_proj.in_features == 3  # 40 / 16, up
+
+
+def test_s6_states_never_exist_whole():
+    ssm = s4d.S6(64, dt_rank=1)
+    u = torch.randn(64, 64, 64, requires_grad=True)
+    with LargestTensor() as largest:
+        ssm(u).square().sum().backward()
+    assert largest.numel <= 2 ** 19 < u.numel() * 16 / 7
+
+
+def test_s6_by_the_kernel_of_mamba_ssm(monkeypatch):
+    """Against a stand-in with its published signature and formula: the layout is what is tested."""
+    def selective_scan_fn(u, delta, A, B, C, D, delta_bias, delta_softplus):
+        assert delta_softplus and A.dtype == D.dtype == delta_bias.dtype == torch.float32
+        assert all(x.is_contiguous() and x.dtype == u.dtype for x in (delta, B, C)) and u.is_contiguous()
+        delta = torch.nn.functional.softplus(delta + delta_bias[:, None])                           # p d L
+        h, ys = torch.zeros(*u.shape[:2], A.shape[1]), []
+        for k in range(u.shape[2]):
+            h = torch.exp(delta[:, :, k, None] * A) * h + (delta * u)[:, :, k, None] * B[:, None, :, k]
+            ys.append((h * C[:, None, :, k]).sum(-1))
+        return (torch.stack(ys, -1) + D[:, None] * u).to(u.dtype)
+
+    torch.manual_seed(0)
+    ssm, u = randomise(s4d.S6(6, state_size=4, dt_rank=2)), torch.randn(6, 3, 11)
+    monkeypatch.setattr(s4d, "fused_selective_scan", lambda: selective_scan_fn)
+    assert relative(ssm.fused(u), ssm.scan(u)) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ssm.fused(u.bfloat16()).dtype == torch.bfloat16 == ssm(u.bfloat16()).dtype
+
+
+def test_mamba_refuses_an_unknown_ssm():
+    with pytest.raises(ValueError, match="'s5'.*s4d, s6"):
+        model.TemporalMamba(4, ssm="s5")
 
 
 # ------------------------------------------------------------------------------------------------ the network
@@ -462,7 +602,7 @@ def test_network_refuses(shape, t, words):
 
 
 def test_an_unknown_temporal_layer_is_refused_with_the_names():
-    with pytest.raises(ValueError, match="'lstm'.*ssm, attention, linear-attention, none"):
+    with pytest.raises(ValueError, match="'lstm'.*ssm, attention, linear-attention, gss, mamba, none"):
         UNet3D(UNetConfig("lstm"))
 
 
@@ -473,8 +613,12 @@ def test_parameter_counts_at_the_papers_width():
     attention = sum(c + 4 * c * 8 * 64 for c in widths)
     direction = sum(c * (1 + 4 * 256) + c + 2 * c * c + 2 * c for c in widths)  # Δ, A, C; D; GLU
     ssm = 2 * direction + sum(c + 2 * c * 512 + 512 + c for c in widths)
+    s4d = sum(c * (1 + 4 * 256) + c for c in widths)
+    gss = 2 * s4d + sum(c + 4 * (c * c + c) + 2 * (3 * c * c + 3 * c) + 3 * c * c + c for c in widths)
+    mamba = 4 * s4d + sum(c + 4 * c * c + 4 * c + 2 * (2 * c * 4 + 2 * c) + 2 * c * c + c for c in widths)
     assert counts == {"none": 40_743_427, "linear-attention": 40_743_427 + attention,
-                      "attention": 40_743_427 + attention + 32 * 8, "ssm": 40_743_427 + ssm}
+                      "attention": 40_743_427 + attention + 32 * 8, "ssm": 40_743_427 + ssm,
+                      "gss": 40_743_427 + gss, "mamba": 40_743_427 + mamba}
 
 
 # ------------------------------------------------------------------------------------------------ diffusion
@@ -551,7 +695,7 @@ def test_sample_i_does_not_depend_on_its_batch(precision, frames):
 # ------------------------------------------------------------------------------------------------ training
 
 
-TRAIN = ("--frames 5 --size 8 --base-channels 8 --channel-mults 1 2 --time-dim 16 --heads 1 --head-dim 8 "
+TRAIN = ("--frames 5 --size 8 --base-channels 8 --channel-mults 1 2 --time-dim 16 --heads 1 "
          "--state-size 8 --mlp-dim 8 "
          "--diffusion-steps 8 --batch-size 4 --workers 0 --log-every 1 --eval-every 3 --sample-every 100 "
          "--save-every 2 --ema-every 2 --ema-start 3 --lr 1e-2 --precision float32 --device cpu").split()
@@ -664,7 +808,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(run_train, tmp_p
 def test_a_different_model_is_not_resumed(run_train, tmp_path):
     run_train("--steps", 1, "--out", tmp_path)
     before = (tmp_path / "ckpt.pt").read_bytes()
-    for flags, words in [(["--frames", 6], "--frames 5, not 6"), (["--temporal", "none"], "--temporal ssm, not none"),
+    for flags, words in [(["--frames", 6], "--frames 5, not 6"), (["--temporal", "gss"], "--temporal ssm, not gss"),
                          (["--batch-size", 2], "--batch-size 4, not 2"), (["--seed", 1], "--seed 0, not 1")]:
         with pytest.raises(ValueError, match=words):
             run_train("--steps", 2, "--out", tmp_path, *flags)
@@ -687,7 +831,8 @@ def test_a_folder_is_one_runs_alone(run_train, tmp_path):
 def test_a_checkpoint_from_before_a_flag_is_resumed(run_train, tmp_path):
     run_train("--steps", 1, "--out", tmp_path)
     ckpt = sample.load_checkpoint(tmp_path / "ckpt.pt")
-    del ckpt["config"]["skip"], ckpt["unet"]["skip"]
+    assert ckpt["config"]["mlp_dim"] == 8 and ckpt["config"]["state_size"] == 8  # never None for this layer
+    del ckpt["config"]["skip"], ckpt["unet"]["skip"], ckpt["config"]["ssm"], ckpt["unet"]["ssm"]
     torch.save(ckpt, tmp_path / "ckpt.pt")
     with pytest.raises(ValueError, match="--skip input, not norm"):
         run_train("--steps", 2, "--out", tmp_path, "--skip", "norm")
@@ -788,6 +933,59 @@ def test_presets_and_explicit_flags():
     assert train.unet_config(train.parse_args([])) == UNetConfig()
 
 
+@pytest.mark.parametrize("flags, state_size, mlp_dim", [
+    ("", 512, 512), ("--temporal attention", 512, 512), ("--temporal gss", 512, None), ("--temporal mamba", 512, None),
+    ("--temporal mamba --mlp-dim 512", 512, 512), ("--temporal mamba --ssm s6", 16, None),
+    ("--temporal mamba --ssm s6 --state-size 32", 32, None), ("--preset tiny", 64, 64),
+    ("--preset tiny --temporal mamba", 64, None), ("--preset tiny --temporal gss --mlp-dim 24", 64, 24)])
+def test_the_layers_own_widths(flags, state_size, mlp_dim):
+    """As checkpoints from before these layers have them for the others: 512."""
+    args = train.parse_args(flags.split())
+    assert (args.state_size, args.mlp_dim) == (state_size, mlp_dim)
+    config = train.unet_config(args)
+    assert (config.state_size, config.mlp_dim) == (state_size, mlp_dim)
+
+
+@pytest.mark.parametrize("flags, line", [
+    ("--temporal attention --mlp-layers 1", "--mlp-layers does not go with --temporal attention, which takes "
+     "--head-dim, --attention-impl"),
+    ("--temporal none --unidirectional", "--unidirectional does not go with --temporal none, which takes no such flags"),
+    ("--ssm s6", "--ssm does not go with --temporal ssm, which takes --state-size, --mlp-dim, --mlp-layers, "
+     "--mlp-position, --unidirectional, --skip"),
+    ("--temporal linear-attention --attention-impl math", "--attention-impl .* which takes --head-dim"),
+    ("--temporal gss --ssm s6", "--ssm does not go with --temporal gss"), ("--head-dim 32", "--head-dim"),
+    ("--temporal mamba --mlp-layers 1", "--mlp-layers .* takes --state-size, --mlp-dim, --unidirectional, --ssm"),
+    ("--mlp-layers 1 --mlp-dim 8", "--mlp-dim does not go with --temporal ssm --mlp-layers 1, which takes"),
+    ("--mlp-layers 0 --mlp-position pre", "--mlp-position does not go with --temporal ssm --mlp-layers 0"),
+    ("--preset tiny --temporal gss --skip norm", "--skip")])
+def test_contradictory_flags_are_refused_in_one_line(flags, line, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(flags.split())
+    error = capsys.readouterr().err
+    assert re.match(f"train.py: {line}", error) and len(error.splitlines()) == 1
+
+
+def test_a_preset_never_contradicts():
+    for preset in train.PRESETS:
+        for temporal in model.TEMPORAL_LAYERS:
+            train.parse_args(["--preset", preset, "--temporal", temporal])
+    train.parse_args("--preset tiny --mlp-layers 1".split())
+
+
+@pytest.mark.parametrize("base, heads, time_dim, parameters", [(32, 4, 1024, 14_083_459), (112, 14, 3584, 172_286_019)])
+def test_sizes_of_the_later_edition(base, heads, time_dim, parameters):
+    """14.08 M and 172.3 M in print: every parameter of the network with attention, 172.29 M rounded once more."""
+    for preset in ("minerl-256", "gqn-mazes-256", "carla-256"):
+        args = train.parse_args(["--preset", preset, "--base-channels", str(base), "--temporal", "attention"])
+        assert (args.frames, args.size, args.batch_size, args.diffusion_steps, args.loss) == (256, 32, 8, 256, "l2")
+        assert (args.steps, args.lr, args.ema_decay, args.head_dim) == (100_000, 1e-4, 0.9999, 64)
+        assert (args.heads, args.time_dim) == (heads, time_dim)
+        with torch.device("meta"):
+            assert model.count_parameters(UNet3D(train.unet_config(args))) == parameters
+    args = train.parse_args("--preset carla-256 --heads 3 --time-dim 64".split())
+    assert (args.heads, args.time_dim, args.base_channels) == (3, 64, 32)
+
+
 # ------------------------------------------------------------------------------------------------ sampling
 
 
@@ -870,7 +1068,7 @@ def test_a_checkpoint_never_runs_code(tmp_path, monkeypatch):
     ("train", "--data short.npy --frames 9", "--frames 9: the longest of the 1 videos in short.npy has 6"),
     ("train", "--data short.npy --frames 2 --size 16", "--size 16: short.npy holds frames of 8x8"),
     ("train", "--device gpu", "--device gpu: expected cpu"), ("train", "--device mps", "mps"),
-    ("train", "--temporal attention --head-dim 7", "head_dim is 7"),
+    ("train", "--preset tiny --temporal attention --head-dim 7", "head_dim is 7"),
     ("train", "--seed 99999999999999999999", "too large"),
     ("train", "--out file", "file"), ("train", "--device cuda:77", "cuda:77"), ("train", "--nonsense", "--nonsense"),
     ("sample", "--ckpt missing.pt", "missing.pt cannot be read"), ("sample", "", "no ckpt.pt under"),

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data import DataError, MazeVideos, batches, open_videos, to_float
 from diffusion import Diffusion, training_noise
-from model import ATTENTION_IMPLS, TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
+from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
 from s4d import kernels_once
 from sample import (CheckpointError, Parser, autocast, choose_device, draw, load_checkpoint, non_negative_int,
                     positive_int, replace_with, run, save_gif)
@@ -43,11 +43,23 @@ PRESETS = {
     "minerl-64": dict(split="train", frames=64, size=32, diffusion_steps=256, lr=3e-4, batch_size=8, steps=174_000),
     "minerl-200": dict(split="train", frames=200, size=32, diffusion_steps=256, lr=3e-4, batch_size=8, steps=255_000),
     "minerl-400": dict(split="train", frames=400, size=32, diffusion_steps=256, lr=5e-5, batch_size=8, steps=246_000),
+    # the later edition; heads and time_dim of None: base_channels / 8 and 32 x base_channels
+    **{name: dict(split="train", frames=256, size=32, diffusion_steps=256, lr=1e-4, batch_size=8, steps=100_000,
+                  base_channels=32, heads=None, time_dim=None, ema_decay=0.9999)
+       for name in ("minerl-256", "gqn-mazes-256", "carla-256")},
     # not the paper's: the quick start, sized for a laptop CPU
     "tiny": dict(split="train", frames=16, size=16, diffusion_steps=256, lr=1e-3, batch_size=8, steps=560,
                  base_channels=24, channel_mults=(1, 2, 4), time_dim=128, heads=2, head_dim=32, state_size=64,
                  mlp_dim=64, ema_start=100, ema_every=5, ema_decay=0.9, log_every=25, eval_every=50, save_every=50),
 }
+
+# The flags that each temporal layer takes, of those that not all of them do.
+TAKES = {"ssm": ("state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidirectional", "skip"),
+         "attention": ("head_dim", "attention_impl"),
+         "linear-attention": ("head_dim",),
+         "gss": ("state_size", "mlp_dim", "unidirectional"),
+         "mamba": ("state_size", "mlp_dim", "unidirectional", "ssm"),
+         "none": ()}
 
 # What may be different when a run goes on: none of it shapes the network or the data.
 MAY_CHANGE = {"preset", "steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision",
@@ -103,9 +115,11 @@ def make_parser():
     group.add_argument("--attention-impl", choices=ATTENTION_IMPLS, default="sdpa",
                        help="sdpa: fused attention, memory linear in the frames; math: the paper's, quadratic")
 
-    group = parser.add_argument_group("temporal SSM layer")
-    group.add_argument("--state-size", type=positive_int, default=512, help="N, the paper's SSM hidden dims")
-    group.add_argument("--mlp-dim", type=positive_int, default=512, help="hidden width of the MLP")
+    group = parser.add_argument_group("temporal layers with SSMs")
+    group.add_argument("--ssm", choices=SSMS, default="s4d", help="of --temporal mamba: the paper's, or selective")
+    group.add_argument("--state-size", type=positive_int, help="N, the paper's SSM hidden dims; none: 512, of s6 16")
+    group.add_argument("--mlp-dim", type=positive_int,
+                       help="hidden width; none: 512, of gss 3 x channels, of mamba no MLP")
     group.add_argument("--mlp-layers", type=int, choices=(0, 1, 2), default=2, help="layers of the MLP (Table 3)")
     group.add_argument("--mlp-position", choices=("post", "pre"), default="post", help="MLP after or before the SSM")
     group.add_argument("--unidirectional", action="store_true", help="leave the backward SSM out (Table 3)")
@@ -159,10 +173,39 @@ def parse_args(argv=None):
     preset = args.preset or choose_preset(args.frames, args.size)
     parser.set_defaults(**PRESETS[preset])  # an explicit flag wins over a default
     args = parser.parse_args(argv)
+    unset = object()  # what the parser leaves as it is was not on the command line
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    explicit = {name for name, value in vars(given).items() if value is not unset}
+    if "mlp_dim" not in explicit and args.temporal in ("gss", "mamba"):
+        args.mlp_dim = None
+    if "state_size" not in explicit and args.ssm == "s6":
+        args.state_size = None
+    refused = unused_flags(args, explicit)
+    if refused:
+        parser.error(refused)
+    args.heads = args.heads or max(1, args.base_channels // 8)
+    args.time_dim = args.time_dim or 32 * args.base_channels
+    config = unet_config(args)
+    args.mlp_dim, args.state_size = config.mlp_dim, config.state_size
     args.preset = preset
     args.channel_mults = list(args.channel_mults)
     args.out = args.out or Path("out") / f"{preset}-{args.temporal}"
     return args
+
+
+def unused_flags(args, explicit):
+    """-> a line about a flag of the command line that the chosen temporal layer does not use, or None."""
+    choice, taken = f"--temporal {args.temporal}", list(TAKES[args.temporal])
+    if args.temporal == "ssm" and args.mlp_layers < 2:
+        choice += f" --mlp-layers {args.mlp_layers}"
+        taken.remove("mlp_dim")
+        if args.mlp_layers == 0:
+            taken.remove("mlp_position")
+    unused = [name for names in TAKES.values() for name in names if name in explicit and name not in taken]
+    if unused:
+        flags = ["--" + name.replace("_", "-") for name in [unused[0], *taken]]
+        return f"{flags[0]} does not go with {choice}, which takes {', '.join(flags[1:]) or 'no such flags'}"
+    return None
 
 
 def unet_config(args):
@@ -170,7 +213,7 @@ def unet_config(args):
                       time_dim=args.time_dim, heads=args.heads, head_dim=args.head_dim,
                       attention_impl=args.attention_impl, state_size=args.state_size, mlp_dim=args.mlp_dim,
                       mlp_layers=args.mlp_layers, mlp_position=args.mlp_position,
-                      bidirectional=not args.unidirectional, skip=args.skip)
+                      bidirectional=not args.unidirectional, skip=args.skip, ssm=args.ssm)
 
 
 def check_args(args, world_size):
