@@ -35,6 +35,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import struct
@@ -435,7 +436,7 @@ def _leave_signals_to_main(_worker):
 # ---------------------------------------------------------------------------------------------------------------
 # Packing: finding videos, decoding them, writing one array
 
-VIDEO_FILES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".gif", ".webp", ".npy"}
+VIDEO_FILES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".gif", ".webp", ".npy", ".pt"}
 FRAME_FILES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff"}
 SPLIT_FOLDERS = {"train": "train", "training": "train",
                  "test": "test", "testing": "test", "val": "test", "valid": "test", "validation": "test"}
@@ -560,6 +561,8 @@ def decode(path, size):
         if video.ndim != 4:
             raise ValueError(f"holds {video.shape}; expected one video, (frames, height, width, 3)")
         images = map(Image.fromarray, video)
+    elif path.suffix.lower() == ".pt":
+        images = map(Image.fromarray, _read_tensor(path))
     elif path.suffix.lower() in (".gif", ".webp"):
         images = _animation_images(path)
     else:
@@ -569,6 +572,19 @@ def decode(path, size):
     if not small:
         raise ValueError("has no frames")
     return np.stack(small)
+
+
+def _read_tensor(path):
+    """The uint8 (frames, h, w, 3) tensor in a file of torch.save as an array; never runs code from it."""
+    try:
+        video = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("is refused: it holds more than a tensor, code perhaps") from None
+    if not isinstance(video, torch.Tensor):
+        raise ValueError(f"holds a {type(video).__name__}; expected a uint8 tensor (frames, height, width, 3)")
+    if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
+        raise ValueError(f"holds {video.dtype} {tuple(video.shape)}; expected torch.uint8 (frames, height, width, 3)")
+    return video.contiguous().numpy()
 
 
 def _picture_images(folder):

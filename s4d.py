@@ -34,6 +34,11 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def autocast_off(device):
+    """A context in which float32 stays float32; the meta device, where there are only shapes, has no autocast."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def powers(z, count):
     """1, z, z², ... (count, *z.shape), by doubling: four times as fast as complex exponentials, and as exact."""
     result = torch.stack([torch.ones_like(z), z])
@@ -62,7 +67,7 @@ class S4DKernel(nn.Module):
 
     def forward(self, L):
         """L: length in frames -> K (d, L), float32 under autocast too (float64 for float64 parameters)."""
-        with torch.autocast(self.C.device.type, enabled=False):
+        with autocast_off(self.C.device):
             log_dt, C, log_A_real, A_imag = map(at_least_float32, (self.log_dt, self.C, self.log_A_real, self.A_imag))
             A = torch.complex(-log_A_real.exp(), A_imag)                                    # d n
             dtA = log_dt.exp()[:, None] * A                                                 # d n
@@ -99,7 +104,7 @@ def fft_conv(u, kernels):
     """
     L = u.shape[-1]
     n = fast_fft_length(2 * L - 1)
-    with torch.autocast(u.device.type, enabled=False):
+    with autocast_off(u.device):
         U = torch.fft.rfft(at_least_float32(u), n)                                  # d p n/2+1
         ys = []
         for K, reverse in kernels:
@@ -432,7 +437,7 @@ class S6(nn.Module):
 
     def scan(self, u):
         """u: (d, p, L) -> (d, p, L)."""
-        with torch.autocast(u.device.type, enabled=False):
+        with autocast_off(u.device):
             weights = self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D
             U, x_proj, dt_weight, dt_bias, A_log, D = map(at_least_float32, (u.permute(2, 1, 0), *weights))
             # channels last: A belongs to channels, B and C to frames and positions

@@ -949,7 +949,7 @@ def test_the_layers_own_widths(flags, state_size, mlp_dim):
 @pytest.mark.parametrize("flags, line", [
     ("--temporal attention --mlp-layers 1", "--mlp-layers does not go with --temporal attention, which takes "
      "--head-dim, --attention-impl"),
-    ("--temporal none --unidirectional", "--unidirectional does not go with --temporal none, which takes no such flags"),
+    ("--temporal none --unidirectional", "--unidirectional .* --temporal none, which takes no such flags"),
     ("--ssm s6", "--ssm does not go with --temporal ssm, which takes --state-size, --mlp-dim, --mlp-layers, "
      "--mlp-position, --unidirectional, --skip"),
     ("--temporal linear-attention --attention-impl math", "--attention-impl .* which takes --head-dim"),
@@ -976,7 +976,7 @@ def test_a_preset_never_contradicts():
 def test_sizes_of_the_later_edition(base, heads, time_dim, parameters):
     """14.08 M and 172.3 M in print: every parameter of the network with attention, 172.29 M rounded once more."""
     for preset in ("minerl-256", "gqn-mazes-256", "carla-256"):
-        args = train.parse_args(["--preset", preset, "--base-channels", str(base), "--temporal", "attention"])
+        args = train.parse_args(f"--preset {preset} --base-channels {base} --temporal attention".split())
         assert (args.frames, args.size, args.batch_size, args.diffusion_steps, args.loss) == (256, 32, 8, 256, "l2")
         assert (args.steps, args.lr, args.ema_decay, args.head_dim) == (100_000, 1e-4, 0.9999, 64)
         assert (args.heads, args.time_dim) == (heads, time_dim)
@@ -1413,6 +1413,42 @@ def test_a_folder_is_packed_once_into_the_cache(tmp_path, monkeypatch, capsys):
     data.pack(tmp_path / "videos", tmp_path / "videos" / "packed.npy", size=8, workers=1)
     assert len(data.open_videos(tmp_path / "videos", frames=4, size=8).videos) == 2, "a packed file is not a video"
     assert isinstance(data.open_videos(None, 4, 8), data.MazeVideos)
+
+
+def test_tensors_are_packed_as_arrays_are(tmp_path):
+    video = torch.randint(256, (7, 12, 16, 3), dtype=torch.uint8)
+    (tmp_path / "pt" / "test").mkdir(parents=True)
+    torch.save(video, tmp_path / "pt" / "video_1.pt")
+    torch.save(video[:, :, ::2], tmp_path / "pt" / "test" / "video_2.pt")  # not contiguous
+    torch.save(video, tmp_path / "pt" / "video_3.pt", _use_new_zipfile_serialization=False)  # as old files are
+    index = data.pack(tmp_path / "pt", tmp_path / "packed.npy", size=8, workers=1)
+    assert [(entry["name"], entry["length"], entry["split"]) for entry in index["videos"]] == [
+        ("test/video_2.pt", 7, "test"), ("video_1.pt", 7, "train"), ("video_3.pt", 7, "train")]
+    np.save(tmp_path / "video.npy", video.numpy())
+    packed, expected = np.load(tmp_path / "packed.npy"), data.decode(tmp_path / "video.npy", 8)
+    assert np.array_equal(packed[7:14], expected) and np.array_equal(packed[14:], expected)
+
+
+def test_what_is_no_tensor_of_frames_is_skipped_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("videos").mkdir()
+    for name, content in [("good", torch.zeros(2, 4, 4, 3, dtype=torch.uint8)), ("float", torch.zeros(2, 4, 4, 3)),
+                          ("grey", torch.zeros(2, 4, 4, dtype=torch.uint8)), ("dict", {"video": torch.zeros(1)}),
+                          ("none", torch.zeros(0, 4, 4, 3, dtype=torch.uint8)), ("code", Code()),
+                          ("code_inside", [torch.zeros(1), Code()])]:
+        torch.save(content, f"videos/{name}.pt")
+    Path("videos/pickle.pt").write_bytes(pickle.dumps(Code()))
+    Path("videos/cut.pt").write_bytes(Path("videos/good.pt").read_bytes()[:300])
+    Path("videos/empty.pt").write_bytes(b"")
+    index = data.pack("videos", "packed.npy", size=4, workers=1)
+    assert [entry["name"] for entry in index["videos"]] == ["good.pt"]
+    reasons = {entry["name"]: entry["reason"] for entry in index["skipped"]}
+    assert len(reasons) == 9 and all(reason and "\n" not in reason for reason in reasons.values())
+    for name, words in [("float", r"float32 \(2, 4, 4, 3\)"), ("grey", r"\(2, 4, 4\)"), ("dict", "holds a dict"),
+                        ("none", r"\(0, 4, 4, 3\)"), ("code", "refused"), ("code_inside", "refused"),
+                        ("pickle", "refused")]:
+        assert re.search(words, reasons[f"{name}.pt"]), reasons
+    assert not Path("executed").exists()
 
 
 # ------------------------------------------------------------------------------------------------ data.py: refusals

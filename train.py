@@ -18,15 +18,19 @@ import fcntl
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from data import DataError, MazeVideos, batches, open_videos, to_float
@@ -325,6 +329,55 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+# ---------------------------------------------------------------------------------------- what a step takes
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations in this context make and keep: `live` now, `peak` at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self.known:
+                self.known.add(storage)
+                weakref.finalize(storage, self.release, storage.nbytes())
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+        return out
+
+    def release(self, size):
+        self.live -= size
+
+
+def step_memory(args, world_size):
+    """-> bytes that a training step takes in float32: parameters, Adam's two moments and the EMA, as large each, and
+    what the forward and backward pass of a micro-batch keeps at its peak, gradients included, on tensors without data.
+    """
+    b = args.batch_size // world_size // args.grad_accum
+    with torch.device("meta"):
+        net = UNet3D(unet_config(args), args.grad_checkpoint)
+        x, t = torch.empty(b, 3, args.frames, args.size, args.size), torch.empty(b, dtype=torch.long)
+        with LiveMemory() as memory:
+            (net(x, t) - x).square().mean().backward()
+    return 4 * 4 * count_parameters(net) + memory.peak
+
+
+def parts(net):
+    """-> the numbers of parameters of the temporal layers, of the time embedding, and of all the rest."""
+    counts = {"temporal": 0, "time": 0, "spatial": 0}
+    for name, parameter in net.named_parameters():
+        part = "temporal" if re.search("temporal|position_bias", name) else \
+            "time" if re.search("time_mlp|to_scale_shift", name) else "spatial"
+        counts[part] += parameter.numel()
+    return counts
+
+
 # ---------------------------------------------------------------------------------------- training
 
 
@@ -401,12 +454,14 @@ def open_data(args, rank, local_rank, world_size):
 def describe(args, net, device, world_size):
     """The resolved configuration in a few lines."""
     b = args.batch_size // world_size // args.grad_accum
+    counts = parts(net)
     flags = ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items()) if name not in ("out", "dry_run"))
     with autocast(device, args.precision):
         precision = "bf16 autocast" if torch.is_autocast_enabled(device.type) else "float32"
     return "\n".join([
         f"preset {args.preset}: {flags}",
-        f"{count_parameters(net):,} parameters, temporal layer {args.temporal}",
+        f"{count_parameters(net):,} parameters, temporal layer {args.temporal}: {counts['temporal']:,} in temporal "
+        f"layers, {counts['spatial']:,} in spatial ones, {counts['time']:,} in the time embedding",
         f"global batch {args.batch_size} = {world_size} processes x {args.grad_accum} micro-batches x {b} clips; each: "
         f"uint8 {(b, args.frames, args.size, args.size, 3)} -> x and noise {(b, 3, args.frames, args.size, args.size)} "
         f"in [-1, 1], t {(b,)}",
@@ -423,6 +478,10 @@ def train(args):
     if rank == 0:
         print(describe(args, net, device, world_size))
     if args.dry_run:
+        if rank == 0:
+            gigabytes = step_memory(args, world_size) / 2**30
+            print(f"a step takes about {gigabytes:.2f} GB in each process in float32, beside "
+                  "PyTorch itself, the workspaces of its kernels and fragmentation; in bf16 autocast less")
         return
     if world_size > 1:
         # Gloo too on GPUs: whether to stop is agreed on without waiting for the device. Hours, since one process may
