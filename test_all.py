@@ -986,6 +986,106 @@ def test_sizes_of_the_later_edition(base, heads, time_dim, parameters):
     assert (args.heads, args.time_dim, args.base_channels) == (3, 64, 32)
 
 
+# ------------------------------------------------------------------------------------------------ README's commands
+
+
+def readme_rows(heading):
+    """The cells of the rows below a heading of README.md, without the tables' heads."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    section = re.split("\n##+ ", text.split(f"# {heading}\n")[1])[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()
+            if line.startswith("| ") and "`" in line]
+
+
+ROWS = [(cells[2].strip("`").removeprefix("train.py "), cells[3]) for cells in readme_rows("Reproduce the paper")]
+STUDY = [cells[1].strip("`") for cells in readme_rows("At small scale")]
+SMALL = "--base-channels 8 --heads 1 --time-dim 16 --channel-mults 1 --frames 3 --size 4 --batch-size 2"
+
+
+def test_the_tables_have_every_row_of_the_paper():
+    flags = [row.split("--data ")[1].split(" ", 1)[1:] for row, _ in ROWS if "ucf101-32" in row]
+    assert sorted(sum(flags, [])) == sorted(
+        ["--temporal attention", "--temporal linear-attention", "--temporal ssm", "--unidirectional",
+         "--mlp-position pre", "--mlp-layers 1", "--mlp-layers 0", "--temporal gss --unidirectional", "--temporal gss",
+         "--temporal gss --mlp-dim 512", "--temporal mamba --unidirectional", "--temporal mamba",
+         "--temporal mamba --mlp-dim 512"])
+    for preset in train.PRESETS:
+        layers = {row.split("--temporal ")[1] for row, _ in ROWS if f"{preset} " in row and "--temporal" in row}
+        if preset != "tiny":
+            assert layers >= {"attention", "mamba --ssm s6" if "256" in preset else "ssm"}, preset
+
+
+STEP_MEMORY = {}
+
+
+def step_memory_once(args, world_size, step_memory=train.step_memory):
+    """The same, once for each of the few networks that the rows come to at this size."""
+    network = repr(train.unet_config(args))
+    if network not in STEP_MEMORY:
+        STEP_MEMORY[network] = step_memory(args, world_size)
+    return STEP_MEMORY[network]
+
+
+@pytest.mark.parametrize("flags, parameters", ROWS + [(f"--preset tiny {flags}", None) for flags in STUDY])
+def test_every_command_of_the_tables_runs(flags, parameters, capsys, monkeypatch):
+    monkeypatch.setattr(train, "step_memory", step_memory_once)
+    args = train.parse_args(flags.split())
+    with torch.device("meta"):
+        full = UNet3D(train.unet_config(args))
+    if parameters:
+        assert f"{model.count_parameters(full) / 1e6:.2f} M" == parameters
+    torch.manual_seed(0)
+    args = train.parse_args(f"{flags} {SMALL} --dry-run --device cpu".split())
+    train.train(args)
+    printed = capsys.readouterr().out
+    net = UNet3D(train.unet_config(args))
+    assert re.search(rf"^{model.count_parameters(net):,} parameters, temporal layer {args.temporal}: ", printed,
+                     re.MULTILINE) and re.search(r"a step takes about 0\.\d\d GB", printed)
+    net(torch.randn(1, 3, 3, 4, 4), torch.tensor([5])).square().mean().backward()
+    assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+
+
+def test_the_loop_of_the_study_has_the_rows_of_its_table():
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    assert text.split("<<'ROWS'\n")[1].split("\nROWS\n")[0].splitlines() == STUDY
+
+
+@pytest.mark.parametrize("temporal", ["ssm", "attention", "gss", "none"])
+def test_parts_of_a_network(temporal):
+    net = UNet3D(UNetConfig(temporal, **TINY))
+    counts = train.parts(net)
+    plain = train.parts(UNet3D(UNetConfig("none", **TINY)))
+    assert sum(counts.values()) == model.count_parameters(net)
+    assert (counts["spatial"], counts["time"], plain["temporal"]) == (plain["spatial"], plain["time"], 0)
+    assert counts["temporal"] > 0 or temporal == "none"
+
+
+def test_live_memory_counts_what_is_kept():
+    with train.LiveMemory() as memory:
+        a = torch.empty(1000, device="meta")
+        b = a * 2
+        view = b[:10]
+        assert memory.live == memory.peak == 8000
+        del b
+        assert memory.live == 8000, "the view holds it"
+        del view
+        assert (memory.live, memory.peak) == (4000, 8000)
+        a.add_(1)
+        assert memory.peak == 8000
+
+
+def test_step_memory_is_that_of_a_step():
+    """Against the same count of a step on the CPU: shapes are the same without data, where chunks are."""
+    args = train.parse_args(f"{SMALL} --batch-size 4 --grad-accum 2 --device cpu".split())
+    net = UNet3D(train.unet_config(args))
+    x, t = torch.randn(2, 3, 3, 4, 4), torch.tensor([3, 4])
+    with train.LiveMemory() as memory:
+        (net(x, t) - x).square().mean().backward()
+    expected = memory.peak + 16 * model.count_parameters(net)
+    assert abs(train.step_memory(args, 1) / expected - 1) < 0.02
+    assert train.step_memory(args, 2) < train.step_memory(args, 1)
+
+
 # ------------------------------------------------------------------------------------------------ sampling
 
 
