@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from s4d import (S6, DiagonalSSM, LayerNorm, TemporalLayer, TemporalSSM, at_least_float32, chunk_size, convolve, in_chunks,
-                 linear)
+from s4d import (S6, DiagonalSSM, LayerNorm, TemporalLayer, TemporalSSM, at_least_float32, chunk_size, convolve,
+                 in_chunks, linear)
 
 TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "gss", "mamba", "none")
 SSMS = ("s4d", "s6")
