@@ -220,7 +220,9 @@ class TemporalGSS(TemporalLayer):
                 for y in convolve(part, [ssm], toeplitz)]
 
     def output(self, X, *ys):
-        product = math.prod(linear(y, layer) for y, layer in zip(ys, self.after))                # F · B
+        product = linear(ys[0], self.after[0])
+        if len(ys) == 2:
+            product = product * linear(ys[1], self.after[1])                                     # F · B
         shortcut = F.gelu(linear(self.norm(X[None])[0], self.shortcut))
         return linear(F.gelu(linear(product, self.up)) * shortcut, self.out)
 

@@ -382,9 +382,7 @@ class Recurrence(torch.autograd.Function):
         grad_b = grad.clone()
         for k in reversed(range(0 if h.is_meta else len(h) - 1)):
             grad_b[k].addcmul_(a[k + 1], grad_b[k + 1])
-        grad_a = torch.zeros_like(a)
-        torch.mul(grad_b[1:], h[:-1], out=grad_a[1:])
-        return grad_a, grad_b
+        return torch.cat([torch.zeros_like(h[:1]), grad_b[1:] * h[:-1]]), grad_b
 
 
 @functools.cache

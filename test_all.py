@@ -528,7 +528,7 @@ def test_every_parameter_has_a_gradient(temporal):
         assert not without
 
 
-@pytest.mark.parametrize("temporal", ["ssm", "attention"])
+@pytest.mark.parametrize("temporal", ["ssm", "attention", "gss", "mamba"])
 def test_compiled_network_is_one_graph_and_stays_it(temporal):
     """With a backend that compiles nothing: what is tested is that torch.compile can follow the whole network."""
     torch.manual_seed(0)
