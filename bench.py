@@ -409,7 +409,8 @@ def serve(row, args, pipe):
                 pipe.send((seconds, peak - before))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search(
-                "can't allocate memory|bad_alloc|ALLOC_FAILED|out of memory", str(error)):
+                "can't allocate memory|emory allocation|bad_alloc|ALLOC_FAILED|out of memory|not create a primitive",
+                str(error)):
             reason = " ".join(str(error).split())[:200]
             sys.exit(f"bench.py: {row.formulation} {row.temporal}, {row.frames} frames: {reason}")
         pipe.send(OUT_OF_MEMORY)
@@ -490,7 +491,8 @@ def table_row(row, comparison, args, peak):
     cells += [f"{row.seconds:.4g}", f"{row.memory / 2**20:.0f} MB", f"{videos:.3g}", share]
     for other in comparison:
         if other.formulation == "textbook" and other.temporal == row.temporal and not other.out_of_memory:
-            return cells + [f"{row.seconds / other.seconds:.2f}", f"{row.memory / other.memory:.2f}"]
+            memory = f"{row.memory / other.memory:.2f}" if other.memory > 0 else "–"
+            return cells + [f"{row.seconds / other.seconds:.2f}", memory]
     return cells + ["–"] * 2
 
 

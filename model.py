@@ -127,9 +127,10 @@ class TemporalAttention(nn.Module):
     """Attention over the frames at each position, as in VDM: pre-norm, residual, rotary, relative bias, no biases.
 
     head_dim: even.
-    impl: "sdpa", PyTorch's fused attention on some positions at a time, recomputed in the backward pass: memory is
-        linear in the frames, in training too. (Fused kernels alone would not do: the gradient of the bias is of the
-        size of the logits, (p, heads, f, f), for all the positions that are treated at once.)
+    impl: "sdpa", PyTorch's fused attention (where it has it: not on a CPU in training, since the bias needs a gradient)
+        on some positions at a time, recomputed in the backward pass: memory is linear in the frames, in training too.
+        (Fused kernels alone would not do: the gradient of the bias is of the size of the logits, (p, heads, f, f), for
+        all the positions that are treated at once.)
         "math", the formula with all logits kept: the memory that the paper reports, quadratic in the frames.
     forward: x (b, c, f, h, w), bias (heads, f, f) -> (b, c, f, h, w).
     """
@@ -174,7 +175,8 @@ class TemporalAttention(nn.Module):
     def attention(self, q, k, v, bias):
         """q, k, v: (p, heads, f, d) -> (p, heads, f, d)."""
         if self.impl == "sdpa":
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+            # [None]: the CPU's fused kernel takes no mask of three dimensions
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
         logits = q @ k.mT * q.shape[-1] ** -0.5 + bias                                      # p heads f f
         return logits.softmax(dim=-1).to(v.dtype) @ v
 

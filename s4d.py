@@ -132,8 +132,9 @@ def choose_toeplitz(L, positions):
 
     Up to as many frames as positions the matrix (d, L, L) is no larger than the input, so memory stays linear in the
     frames. The choice does not rest on the batch: a video comes out the same whatever else is in it.
-    Forward and backward pass of both directions on one CPU thread (AVX-512), matrix product against FFT, in ms: L 64,
-    p 1024, d 64: 47, 476. L 200, p 64, d 256: 218, 182. L 400, p 1024, d 64: 1867, 4545. L 400, p 16, d 512: 1379, 190.
+    Measured on a CPU only, forward and backward pass of both directions on one thread (AVX-512), matrix product against
+    FFT, in ms: L 64, p 1024, d 64: 47, 476. L 200, p 64, d 256: 218, 182. L 400, p 1024, d 64: 1867, 4545. L 400, p 16,
+    d 512: 1379, 190.
     """
     return L <= min(positions, 1024)
 
@@ -184,20 +185,14 @@ class DiagonalSSM(nn.Module):
         self.reverse = reverse
         self.kernel = S4DKernel(d, state_size)
         self.D = nn.Parameter(torch.randn(d))
-        self.kept = None  # impulse response and versions of the parameters it came from, see `kernels_once`
+        self.kept = None  # an impulse response, see `kernels_once`
 
     def impulse_response(self, L):
         """-> K (d, L) with D added at lag 0, so that the convolution with it is K * u + D u."""
-        if self.kept is not None:
-            K, versions = self.kept
-            if K.shape[1] == L and (torch.compiler.is_compiling() or versions == self.versions()):
-                return K
+        if self.kept is not None and self.kept.shape[1] == L and not torch.is_grad_enabled():
+            return self.kept
         K = self.kernel(L)
         return torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], 1)
-
-    def versions(self):
-        """How often each parameter of the kernel was written to."""
-        return [parameter._version for parameter in (*self.kernel.parameters(), self.D)]
 
     def forward(self, u):
         [y] = fft_conv(u, [(self.impulse_response(u.shape[2]), self.reverse)])
@@ -216,7 +211,8 @@ class S4D(DiagonalSSM):
 
     def output(self, y):
         """y: (d, columns), the output of the SSM -> GLU(Linear(GELU(y))), (d, columns)."""
-        return F.glu(linear(F.gelu(y), self.output_linear), dim=0)
+        # contiguous: a CPU's GELU of strided chunks is half as fast, and in bf16 it rounds otherwise
+        return F.glu(linear(F.gelu(y.contiguous()), self.output_linear), dim=0)
 
     def forward(self, u):
         return self.output(super().forward(u).flatten(1)).unflatten(1, u.shape[1:])
@@ -224,16 +220,16 @@ class S4D(DiagonalSSM):
 
 @contextlib.contextmanager
 def kernels_once(net, L):
-    """In this context every SSM inside `net` computes its kernel for L frames once, not at every call: for sampling.
+    """In this context every SSM inside `net` computes its kernel for L frames once, not in every call: for sampling.
 
-    A kernel whose parameters change in the meantime is not used (but compiled code does not look), and all are dropped
-    in the end.
+    Enter it anew when parameters have changed: the kernels are dropped at its end. Where gradients are asked for they
+    are not used.
     """
     ssms = [module for module in net.modules() if isinstance(module, DiagonalSSM)]
     try:
         with torch.no_grad():
             for ssm in ssms:
-                ssm.kept = ssm.impulse_response(L), ssm.versions()
+                ssm.kept = ssm.impulse_response(L)
         yield
     finally:
         for ssm in ssms:

@@ -273,12 +273,13 @@ def main():
                "precision": choose_precision(device, args.precision)}
     batch_size = args.batch_size
     if about.exists():
-        recorded = {}
+        recorded = None
         with contextlib.suppress(ValueError):
-            recorded = dict(json.loads(about.read_text(errors="replace")))
+            recorded = json.loads(about.read_text(errors="replace"))
         # the same batches as before, unless others are asked for
-        batch_size = batch_size or recorded.get("batch_size")
-        if request != {name: value for name, value in recorded.items() if name != "batch_size"}:
+        before = recorded.pop("batch_size", None) if isinstance(recorded, dict) else None
+        batch_size = batch_size or (before if isinstance(before, int) and before > 0 else None)
+        if recorded != request:
             raise ValueError(f"{about} belongs to other samples; delete it and {out.name}, or choose another --out")
     else:
         for file in (out, gif, mp4):
@@ -294,7 +295,7 @@ def main():
     # one batch size for all processes, which share the batches among them
     batch_size = torch.tensor(batch_size or fitting_batch_size(net, shape, args.precision, device))
     if world_size > 1:
-        dist.broadcast(batch_size, 0)
+        dist.all_reduce(batch_size, dist.ReduceOp.MIN)
     batch_size = min(batch_size.item(), math.ceil(args.num / world_size))  # smaller if not all would have one
     if rank == 0:
         parts_of(out).mkdir(parents=True, exist_ok=True)

@@ -313,7 +313,11 @@ def test_kernels_are_computed_once_and_dropped(monkeypatch):
     with s4d.kernels_once(net, 6), torch.no_grad():
         K = ssm.impulse_response(6)
         assert ssm.impulse_response(6) is K and ssm.impulse_response(7).shape[1] == 7
+        with torch.enable_grad():
+            assert ssm.impulse_response(6).requires_grad
+    with torch.no_grad():
         ssm.D.add_(1)
+    with s4d.kernels_once(net, 6), torch.no_grad():
         assert torch.allclose(ssm.impulse_response(6)[:, 0], K[:, 0] + 1)
     assert all(module.kept is None for module in net.modules() if isinstance(module, s4d.DiagonalSSM))
     monkeypatch.setattr("sample.kernels_once", lambda net, frames: contextlib.nullcontext())
@@ -688,8 +692,7 @@ def test_sample_i_does_not_depend_on_its_batch(precision, frames):
     for i in range(3):
         alone = sample.draw(net, process, 0, [i], shape, precision)[0]
         difference = np.abs(alone.astype(int) - together[i])
-        # other places in a vector may round otherwise, and bf16 makes more of it
-        assert difference.max() <= 1 and difference.mean() < (1e-3 if precision == "float32" else 0.05)
+        assert difference.max() <= 1 and difference.mean() < 1e-3  # sums in another order may round otherwise
 
 
 # ------------------------------------------------------------------------------------------------ training
