@@ -39,6 +39,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -190,7 +191,9 @@ def read_bytes(path):
 
 def parse_i3d(content, path):
     try:
-        weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what it then refuses
+            weights = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises all sorts for a damaged or foreign file
         raise FVDError(f"{path} holds no weights that can be read safely ({type(error).__name__}); expected a state "
                        "dict such as i3d_pretrained_400.pt; a TorchScript file goes with --i3d-torchscript") from None
@@ -246,8 +249,8 @@ def to_input(videos, resize="tf1", value_range="-11"):
     resize: "tf1", bilinear as tf.image.resize_bilinear of TensorFlow 1, which the metric was defined with, or
     "half-pixel", as PyTorch's interpolate. value_range: "-11" scales 0..255 to [-1, 1], "01" to [0, 1].
     """
-    x = videos.movedim(-1, 1).float()                                       # n 3 f h w
-    x = resize_axis(resize_axis(x, 3, resize == "half-pixel"), 4, resize == "half-pixel")
+    x = videos.movedim(-1, 1).contiguous().float()                          # n 3 f h w
+    x = resize_axis(resize_axis(x, 4, resize == "half-pixel"), 3, resize == "half-pixel")
     return x.div_(255) if value_range == "01" else x.div_(127.5).sub_(1)
 
 
@@ -436,8 +439,8 @@ def cut(videos, flag, frames, stride=1, window="first", split="all", num=None, s
     if len(usable) < max(2, num or 0):
         raise FVDError(f"--{flag} {path}: {len(usable)} of {len(in_split)} videos (split {split}) have the {span} "
                        f"frames of --frames {frames} --stride {stride} (the longest has "
-                       f"{max(lengths[in_split], default=0)}); expected {max(2, num or 0)} or more: add videos, or give "
-                       f"another --num-{flag}, --frames, --stride or --split")
+                       f"{max(lengths[in_split], default=0)}); expected {max(2, num or 0)} or more: add videos, or "
+                       f"give another --num-{flag}, --frames, --stride or --split")
     rng = np.random.default_rng(seed)
     clip_starts = starts[usable] + (rng.integers(0, lengths[usable] - span + 1) if window == "random" else 0)
     if not in_order:
