@@ -317,16 +317,17 @@ class Statistics:
             self.n = total
 
     def gather(self):
-        """Merge those of all processes, in the same order on each -> self. On the CPU: NCCL need not know float64."""
-        if dist.is_initialized():
-            mine = torch.from_numpy(np.concatenate([[self.n], self.mean, self.scatter.ravel()]))
-            everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-            dist.all_gather(everyone, mine)
-            dim = len(self.mean)
-            self.__init__(dim)
-            for flat in everyone:
-                self.merge(int(flat[0]), flat[1:dim + 1].numpy(), flat[dim + 1:].view(dim, dim).numpy())
-        return self
+        """-> the Statistics of all processes together, merged in the same order on each: the same to the last bit."""
+        if not dist.is_initialized():
+            return self
+        mine = torch.from_numpy(np.concatenate([[self.n], self.mean, self.scatter.ravel()]))
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        dim = len(self.mean)
+        together = Statistics(dim)
+        for flat in everyone:
+            together.merge(int(flat[0]), flat[1:dim + 1].numpy(), flat[dim + 1:].view(dim, dim).numpy())
+        return together
 
     @property
     def cov(self):
@@ -468,12 +469,12 @@ def features_of(net, clips, settings, cache, name):
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     about = {"clips": clips.about, **settings}
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
-    agree(key)
     file, parts = cache / f"{key}.npy", cache / f".{key}.parts"
     n, size = len(clips.starts), settings["batch_size"]
     batches = [range(first, min(first + size, n)) for first in range(0, n, size)]
     part_of = {batch: parts / f"{batch.start:08d}.npy" for batch in batches}
     features = read_features(file, n)
+    agree(f"{key} {features is None}")
     if features is None:
         missing = [batch for batch in batches if read_features(part_of[batch], len(batch)) is None]
         barrier()  # nobody writes a part while another one still looks
@@ -538,12 +539,13 @@ def barrier():
 
 
 def agree(key):
-    """Raises FVDError unless all processes have the same key: a file may change while they start."""
+    """Raises FVDError unless all processes have the same key."""
     if dist.is_initialized():
         keys = [None] * dist.get_world_size()
         dist.all_gather_object(keys, key)
         if len(set(keys)) > 1:
-            raise FVDError("the processes read different files; start again when they no longer change")
+            raise FVDError("the processes read different files; expected files that no longer change, and a --cache "
+                           "that all machines share")
 
 
 def first_process_first(action):
@@ -807,12 +809,15 @@ def main():
             setattr(args, name, value)
     real = cut(real, "real", frames, args.stride, args.window, args.split, args.num_real, args.seed)
     fake = cut(fake, "fake", frames, num=args.num_fake, in_order=True)
-    fake.about["sampled_from"] = read_json(args.fake.with_name(args.fake.name + ".json"))  # checkpoint, step, sampler
+    fake_path = args.fake.resolve()
+    # sample.py writes there what the videos were drawn from: checkpoint, step, weights, sampler
+    fake.about["sampled_from"] = read_json(fake_path.with_name(fake_path.name + ".json"))
     settings["batch_size"] = args.batch_size or max(1, 128 // frames)
     request = {"protocol": protocol, "real": real.about, "fake": fake.about, "i3d_file": i3d_file, **settings,
                "repeats": args.repeats, "seed": args.seed}
-    out = args.out or args.fake.with_suffix(".fvd.json")
-    if out.exists() and (read_json(out) or {}).get("request") != request:
+    out = args.out or fake_path.with_suffix(".fvd.json")
+    previous = read_json(out)
+    if out.exists() and not (isinstance(previous, dict) and previous.get("request") == request):
         raise FVDError(f"{out} holds a result of other files or flags; move it away, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -849,7 +854,10 @@ def main():
 def run(command):
     """Run the command: what a person did wrong is one line and a non-zero exit, not a traceback."""
     try:
-        sys.exit(command())
+        status = command()
+        if dist.is_initialized():  # not after an error: it would wait for the other processes
+            dist.destroy_process_group()
+        sys.exit(status)
     except KeyboardInterrupt:
         message = "interrupted; give the same command again to go on"
     except torch.OutOfMemoryError as error:

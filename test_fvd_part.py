@@ -595,8 +595,8 @@ def test_the_result_says_everything(command, scripted_file):
     Path("fake.npy.json").write_text(json.dumps(request))
     result = command("--window", "random", "--seed", 3, "--num-real", 11, "--repeats", 3)
     real, fake = result["request"]["real"], result["request"]["fake"]
-    assert real.items() >= {"split": "all", "videos": 11, "videos_in_split": 12, "choice": "random by seed", "frames": 9,
-                            "stride": 1, "window": "random", "seed": 3, "resolution": [16, 16]}.items()
+    assert real.items() >= {"split": "all", "videos": 11, "videos_in_split": 12, "choice": "random by seed",
+                            "frames": 9, "stride": 1, "window": "random", "seed": 3, "resolution": [16, 16]}.items()
     assert fake["videos"] == 9 and fake["choice"] == "all" and fake["sampled_from"] == request
     assert result["request"]["i3d_file"] == scripted_file.name and result["request"]["network"] == "torchscript"
     assert re.fullmatch("[0-9a-f]{64}", result["request"]["i3d_sha256"])
@@ -736,6 +736,8 @@ def test_a_result_is_never_overwritten_by_another(command):
     before = command()
     assert "fake.fvd.json" in command("--seed", 1)
     assert json.loads(Path("fake.fvd.json").read_text()) == before
+    Path("list.json").write_text("[1]")
+    assert "list.json" in command("--out", "list.json") and Path("list.json").read_text() == "[1]"
 
 
 def bad_files():
@@ -828,8 +830,9 @@ def test_two_processes_are_one(command, scripted_file):
     expected = command("--repeats", 3)
     finished = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(HERE / "fvd.py"),
-         "--real", "real.npy", "--fake", "fake.npy", "--i3d-torchscript", str(scripted_file), "--cache", "cache2", "--device", "cpu",
-         "--batch-size", "4", "--repeats", "3", "--out", "two.json"], capture_output=True, text=True, timeout=100)
+         "--real", "real.npy", "--fake", "fake.npy", "--i3d-torchscript", str(scripted_file), "--cache", "cache2",
+         "--device", "cpu", "--batch-size", "4", "--repeats", "3", "--out", "two.json"],
+        capture_output=True, text=True, timeout=100)
     assert finished.returncode == 0 and "2 x cpu" in finished.stdout, finished.stderr
     result = json.loads(Path("two.json").read_text())
     assert result["request"] == expected["request"]
