@@ -192,14 +192,21 @@ def test_the_head_counts_inner_steps_twice(net, weights):
     assert relative(steps.mean(2) @ w.T + b, pooled @ w.T + b) > 1e-2
 
 
-def test_features_at_full_size_and_of_any_batch(net, weights):
-    videos = np.concatenate([videos_of("random", 9, 32), videos_of("smooth", 9, 32)])
-    one, both = fvd.i3d_features(net, videos[1:]), fvd.i3d_features(net, videos)
-    assert both.shape == (2, 400) and both.dtype == torch.float32
-    assert relative(one, both[1:]) < 1e-6
-    wide = np.stack([tf1_loop(frame) for frame in videos[1]])                               # 9 224 224 3
+def test_features_at_full_size(net, weights):
+    frames = videos_of("smooth", 3, 32)[0]
+    features = fvd.i3d_features(net, np.concatenate([frames] * 3)[None])
+    assert features.shape == (1, 400) and features.dtype == torch.float32
+    wide = np.concatenate([[tf1_loop(frame) for frame in frames]] * 3)                      # 9 224 224 3
     x = torch.from_numpy(wide).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    assert relative(one, plain_i3d(x, weights)) < 1e-5
+    assert relative(features, plain_i3d(x, weights)) < 1e-5
+
+
+@torch.inference_mode()
+def test_the_batch_size_changes_nothing(net):
+    x = torch.from_numpy(videos_of("smooth", 17, 64, n=3)).permute(0, 4, 1, 2, 3) / 127.5 - 1
+    together, alone = (torch.cat([net.blocks(part) for part in x.split(n)]) for n in (3, 1))
+    logits = [net.head(y.mean((3, 4), keepdim=True).expand(-1, -1, -1, 7, 7)).mean(2) for y in (together, alone)]
+    assert logits[0].shape == (3, 400) and relative(*logits) < 1e-6
 
 
 def test_i3d_is_always_in_evaluation_mode(net):
