@@ -10,6 +10,7 @@ Glossary: b batch, c channels, f frames, h, w height and width, t diffusion step
 A spatial layer treats every frame alone, a temporal layer every position (h, w) alone. `python model.py` prints the
 parameter counts at the paper's width.
 """
+import functools
 import math
 from dataclasses import dataclass
 
@@ -19,9 +20,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from s4d import LayerNorm, TemporalSSM
+from s4d import LayerNorm, TemporalSSM, chunk_size, in_chunks
 
 TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "none")
+ATTENTION_IMPLS = ("sdpa", "math")
 SPATIAL_HEAD_DIM = 32
 MAX_SEQUENCES = 2 ** 15  # per call of attention: its fused CUDA kernels fail beyond 65,535, a batch of 64 at 32x32
 
@@ -36,6 +38,7 @@ class UNetConfig:
     time_dim: int = 1024                # width of the time embedding
     heads: int = 8                      # of every attention, spatial ones (32 wide per head) included
     head_dim: int = 64                  # of temporal attention
+    attention_impl: str = "sdpa"        # of temporal attention, or "math": with all logits at once, as in the paper
     state_size: int = 512               # N of each SSM
     mlp_dim: int = 512                  # hidden width of the temporal SSM layer's MLP
     mlp_layers: int = 2
@@ -53,7 +56,7 @@ def make_temporal_layer(config, channels):
         return TemporalSSM(channels, config.state_size, config.mlp_dim, config.mlp_layers, config.mlp_position,
                            config.bidirectional, config.skip)
     if config.temporal == "attention":
-        return TemporalAttention(channels, config.heads, config.head_dim)
+        return TemporalAttention(channels, config.heads, config.head_dim, config.attention_impl)
     if config.temporal == "linear-attention":
         return TemporalLinearAttention(channels, config.heads, config.head_dim)
     if config.temporal == "none":
@@ -111,49 +114,66 @@ class RelativePositionBias(nn.Module):
 class TemporalAttention(nn.Module):
     """Attention over the frames at each position, as in VDM: pre-norm, residual, rotary, relative bias, no biases.
 
-    head_dim: even, or at least 32. forward: x (b, c, f, h, w), bias (heads, f, f) -> (b, c, f, h, w).
+    head_dim: even, or at least 32.
+    impl: "sdpa", PyTorch's fused attention on some positions at a time, recomputed in the backward pass: memory is
+        linear in the frames, in training too. (Fused kernels alone would not do: the gradient of the bias is of the
+        size of the logits, (p, heads, f, f), for all the positions that are treated at once.)
+        "math", the formula with all logits kept: the memory that the paper reports, quadratic in the frames.
+    forward: x (b, c, f, h, w), bias (heads, f, f) -> (b, c, f, h, w).
     """
 
-    def __init__(self, channels, heads, head_dim):
+    def __init__(self, channels, heads, head_dim, impl="sdpa"):
         super().__init__()
         if head_dim < 32 and head_dim % 2:
             raise ValueError(f"head_dim is {head_dim}; expected an even number, or 32 and more, since the rotary "
                              "embedding turns features in pairs")
-        self.heads = heads
+        if impl not in ATTENTION_IMPLS:
+            raise ValueError(f"attention_impl is {impl!r}; expected one of {', '.join(ATTENTION_IMPLS)}")
+        self.heads, self.impl = heads, impl
         self.norm = LayerNorm(channels)
         self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, channels, bias=False)
         self.register_buffer("rotary_freqs", rotary_frequencies(head_dim), persistent=False)
 
     def forward(self, x, bias=None):
-        return x + self.mix(self.norm(x), bias)
+        return x + self.mix(x, bias)
 
     def mix(self, x, bias=None):
-        """Everything between the normalisation and the residual: (b, c, f, h, w) -> (b, c, f, h, w)."""
+        """Everything but the residual: (b, c, f, h, w) -> (b, c, f, h, w)."""
         h, w = x.shape[-2:]
         x = rearrange(x, "b c f h w -> (b h w) f c")
-        q, k, v = rearrange(self.to_qkv(x), "p f (three heads d) -> three p heads f d", three=3, heads=self.heads)
-        q, k = rotary_embedding(q, self.rotary_freqs), rotary_embedding(k, self.rotary_freqs)
-        out = self.attend(q, k, v, bias)                                                    # p heads f d
-        out = self.to_out(rearrange(out, "p heads f d -> p f (heads d)"))
+        attend = functools.partial(self.attend, bias=bias)
+        if self.impl == "math":
+            out = attend(x)
+        else:
+            size = min(MAX_SEQUENCES, max(1, chunk_size(x.device) // x.shape[1]))
+            out = in_chunks(attend, x, dim=0, size=size)
         return rearrange(out, "(b h w) f c -> b c f h w", h=h, w=w)
 
-    def attend(self, q, k, v, bias):
+    def attend(self, x, bias):
+        """x: (p, f, c) -> (p, f, c)."""
+        x = self.norm(x.mT).mT
+        q, k, v = (rearrange(part, "p f (heads d) -> p heads f d", heads=self.heads)
+                   for part in self.to_qkv(x).chunk(3, dim=-1))
+        q, k = rotary_embedding(q, self.rotary_freqs), rotary_embedding(k, self.rotary_freqs)
+        out = self.attention(q, k, v, bias)                                                 # p heads f d
+        return self.to_out(rearrange(out, "p heads f d -> p f (heads d)"))
+
+    def attention(self, q, k, v, bias):
         """q, k, v: (p, heads, f, d) -> (p, heads, f, d)."""
-        bias = bias.to(q.dtype)
-        outs = [F.scaled_dot_product_attention(*part, attn_mask=bias)
-                for part in zip(*(tensor.split(MAX_SEQUENCES) for tensor in (q, k, v)))]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        if self.impl == "sdpa":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        logits = q @ k.mT * q.shape[-1] ** -0.5 + bias                                      # p heads f f
+        return logits.softmax(dim=-1).to(v.dtype) @ v
 
 
 class TemporalLinearAttention(TemporalAttention):
     """Attention over the frames whose cost is linear in them: softmax of q over features, of k over frames; no bias."""
 
-    def attend(self, q, k, v, bias):
+    def attention(self, q, k, v, bias):
         q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
         k = k.softmax(dim=-2)
-        context = torch.einsum("pnfd,pnfe->pnde", k, v)                                     # p heads d e
-        return torch.einsum("pnde,pnfd->pnfe", context, q)
+        return q @ (k.mT @ v)                                                               # p heads f d
 
 
 # ---------------------------------------------------------------------------------------- spatial layers
@@ -171,7 +191,7 @@ class Block(nn.Module):
         x = self.norm(self.conv(x))
         if scale_shift is not None:
             scale, shift = scale_shift
-            x = x * (scale + 1) + shift
+            x = torch.addcmul(shift, x, scale + 1)
         return F.silu(x)
 
 
@@ -203,17 +223,26 @@ class SpatialLinearAttention(nn.Module):
         self.to_out = nn.Conv3d(heads * head_dim, channels, 1)
 
     def forward(self, x):
-        return x + self.mix(self.norm(x))
+        return x + self.mix(x)
 
     def mix(self, x):
-        h, w = x.shape[-2:]
-        q, k, v = rearrange(self.to_qkv(x), "b (three heads d) f h w -> three b f heads d (h w)", three=3,
-                            heads=self.heads)
+        """Everything but the residual: (b, c, f, h, w) -> the same, a few frames at a time (`in_chunks`)."""
+        b, c, f, h, w = x.shape
+        frames = x.transpose(0, 1).reshape(c, b * f, h * w)                                 # a view when b = 1
+        out = in_chunks(self.attend, frames, dim=1, size=max(1, chunk_size(x.device) // (h * w)))
+        return out.view(c, b, f, h, w).transpose(0, 1)
+
+    def attend(self, x):
+        """x: n frames of p positions, (c, n, p) -> (c, n, p)."""
+        c, n, p = x.shape
+        qkv = self.to_qkv.weight.flatten(1) @ self.norm(x.flatten(1)[None])[0]
+        # apart before they are rearranged: the gradients are then put together in one copy, not two
+        q, k, v = (rearrange(part, "(heads d) (n p) -> n heads d p", heads=self.heads, n=n) for part in qkv.chunk(3))
         q = q.softmax(dim=-2) * q.shape[-2] ** -0.5
         k = k.softmax(dim=-1)
-        context = k @ v.mT                                                                  # b f heads d e
-        out = context.mT @ q                                                                # b f heads e (h w)
-        return self.to_out(rearrange(out, "b f heads e (h w) -> b (heads e) f h w", h=h, w=w))
+        out = (k @ v.mT).mT @ q                                                             # n heads e p
+        out = rearrange(out, "n heads e p -> (heads e) (n p)")
+        return torch.addmm(self.to_out.bias[:, None], self.to_out.weight.flatten(1), out).view(c, n, p)
 
 
 class SpatialAttention(nn.Module):
@@ -229,7 +258,8 @@ class SpatialAttention(nn.Module):
     def forward(self, x):
         h, w = x.shape[-2:]
         tokens = rearrange(self.norm(x), "b c f h w -> (b f) (h w) c")
-        q, k, v = rearrange(self.to_qkv(tokens), "n p (three heads d) -> three n heads p d", three=3, heads=self.heads)
+        q, k, v = (rearrange(part, "n p (heads d) -> n heads p d", heads=self.heads)
+                   for part in self.to_qkv(tokens).chunk(3, dim=-1))
         out = F.scaled_dot_product_attention(q, k, v)                                       # (b f) heads p d
         out = self.to_out(rearrange(out, "n heads p d -> n p (heads d)"))
         return x + rearrange(out, "(b f) (h w) c -> b c f h w", b=len(x), h=h, w=w)

@@ -17,16 +17,26 @@ The SSM (Gu et al. 2022, "On the Parameterization and Initialization of Diagonal
     s_k = Ā s_{k-1} + B̄ u_k,    y_k = 2 Re(C s_k) + D u_k,    Ā = exp(ΔA),  B̄ = (Ā - 1)/A  (B = 1)
 and unrolled, y = K * u + D u with K_l = 2 Re Σ_n C_n (exp(ΔA_n) - 1)/A_n · exp(ΔA_n l).
 """
+import contextlib
 import math
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def at_least_float32(x):
     """Half precision to float32; float32 and float64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def powers(z, count):
+    """1, z, z², ... (count, *z.shape), by doubling: four times as fast as complex exponentials, and as exact."""
+    result = torch.stack([torch.ones_like(z), z])
+    while len(result) < count:
+        result = torch.cat([result, result * (result[-1] * z)])
+    return result[:count]
 
 
 class S4DKernel(nn.Module):
@@ -54,36 +64,22 @@ class S4DKernel(nn.Module):
             A = torch.complex(-log_A_real.exp(), A_imag)                                    # d n
             dtA = log_dt.exp()[:, None] * A                                                 # d n
             CB = 2 * torch.view_as_complex(C) * torch.expm1(dtA) / A                        # d n   2 C B̄
-            # With l = a·S + b, exp(ΔA l) = exp(ΔA S a) · exp(ΔA b): two thin factors and a matmul over n, so that
+            # With l = a·S + b, exp(ΔA l) = exp(ΔA S)^a · exp(ΔA)^b: two thin factors and a matmul over n, so that
             # the Vandermonde tensor exp(ΔA l), (d, n, L), never exists.
             S = math.isqrt(L - 1) + 1
-            steps = torch.arange(S, device=C.device)
-            left = CB[..., None] * torch.exp(dtA[..., None] * (S * steps[:math.ceil(L / S)]))   # d n a
-            right = torch.exp(dtA[..., None] * steps)                                           # d n b
-            # Re(left · right) = Re·Re - Im·Im, as one real matmul
-            left = torch.cat([left.real, -left.imag], 1).mT                                 # d a 2n
-            right = torch.cat([right.real, right.imag], 1)                                  # d 2n b
-            return (left @ right).flatten(1)[:, :L]                                         # d L
-
-
-def ssm_conv(u, kernels, positions):
-    """Long convolutions of one input: y_k = Σ_{j≤k} K_{k-j} u_j, or backward in time, y_k = Σ_{j≥k} K_{j-k} u_j.
-
-    u: (d, L, p); kernels: list of (K, reverse) with K (d, L); positions: how many of the p belong to one video
-    -> list of outputs (d, L, p), one per kernel.
-
-    By a matrix product up to L = positions (and 1024), by FFT beyond. The matrix (d, L, L) is then no larger than the
-    input, so memory stays linear in the frames; and the choice does not rest on p, so that a video comes out the same
-    whatever else is in its batch. Forward and backward pass of both directions on one CPU thread (AVX-512), matrix
-    product against FFT, in ms: L 64, p 1024, d 64: 47, 476. L 200, p 64, d 256: 218, 182. L 400, p 1024, d 64: 1867,
-    4545. L 400, p 16, d 512: 1379, 190.
-    """
-    conv = toeplitz_conv if u.shape[1] <= min(positions, 1024) else fft_conv
-    return conv(u, kernels)
+            left = CB * powers(torch.exp(S * dtA), math.ceil(L / S))                        # a d n
+            right = powers(torch.exp(dtA.conj()), S)                                        # b d n
+            # Σ_n Re(left · right) = Σ_n Re·Re - Im·Im: one real matmul, conjugated above for the sign
+            left, right = (torch.view_as_real(factor.resolve_conj()).flatten(2) for factor in (left, right))
+            return (left.transpose(0, 1) @ right.permute(1, 2, 0)).flatten(1)[:, :L]        # d L
 
 
 def toeplitz_conv(u, kernels):
-    """`ssm_conv` as a product with the (L, L) Toeplitz matrix of each kernel."""
+    """Long convolutions of one input: y_k = Σ_{j≤k} K_{k-j} u_j, or backward in time, y_k = Σ_{j≥k} K_{j-k} u_j.
+
+    u: (d, L, p); kernels: list of (K, reverse) with K (d, L) -> list of outputs (d, L, p), one per kernel, by the
+    (L, L) Toeplitz matrix of each kernel.
+    """
     L = u.shape[1]
     ys = []
     for K, reverse in kernels:
@@ -94,20 +90,20 @@ def toeplitz_conv(u, kernels):
 
 
 def fft_conv(u, kernels):
-    """`ssm_conv` by FFT; the one FFT of u serves all kernels.
+    """The same by FFT, frames last: u (d, p, L) -> list of (d, p, L). The one FFT of u serves all kernels.
 
     Never in half precision: cuFFT takes only powers of two there, and 200 or 400 frames are none.
     """
-    L = u.shape[1]
+    L = u.shape[-1]
     n = fast_fft_length(2 * L - 1)
     with torch.autocast(u.device.type, enabled=False):
-        U = torch.fft.rfft(at_least_float32(u).transpose(1, 2).contiguous(), n)     # d p n/2+1
+        U = torch.fft.rfft(at_least_float32(u), n)                                  # d p n/2+1
         ys = []
         for K, reverse in kernels:
             K = torch.fft.rfft(K, n)[:, None]                                       # d 1 n/2+1
             # a kernel reversed in time has the conjugate spectrum
             y = torch.fft.irfft(U * (K.conj() if reverse else K), n)[..., :L]       # d p L
-            ys.append(y.transpose(1, 2).to(u.dtype))                                # d L p
+            ys.append(y.to(u.dtype))
     return ys
 
 
@@ -123,15 +119,49 @@ def fast_fft_length(n):
         n += 1
 
 
+def choose_toeplitz(L, positions):
+    """Whether `toeplitz_conv` is to be used for videos of L frames with so many positions, or `fft_conv`.
+
+    Up to as many frames as positions the matrix (d, L, L) is no larger than the input, so memory stays linear in the
+    frames. The choice does not rest on the batch: a video comes out the same whatever else is in it.
+    Forward and backward pass of both directions on one CPU thread (AVX-512), matrix product against FFT, in ms: L 64,
+    p 1024, d 64: 47, 476. L 200, p 64, d 256: 218, 182. L 400, p 1024, d 64: 1867, 4545. L 400, p 16, d 512: 1379, 190.
+    """
+    return L <= min(positions, 1024)
+
+
+def chunk_size(device):
+    """Frames x positions that `in_chunks` should take at once: as many as a CPU's cache holds, or as fill a GPU."""
+    return 2 ** 12 if device.type == "cpu" else 2 ** 17
+
+
+def in_chunks(function, *tensors, dim, size):
+    """function(*tensors), computed for `size` entries along `dim` at a time; it must treat each of them alone.
+
+    Beyond eight chunks, what the function computes on the way is not kept but computed again in the backward pass: a
+    hidden layer much wider than the input never exists whole. (Computing it twice costs a fifth of such a layer's time.
+    For long videos on a CPU the memory saved is worth more even in time.)
+    """
+    entries = tensors[0].shape[dim]
+    if entries <= size:
+        return function(*tensors)
+    parts = zip(*(tensor.split(size, dim) for tensor in tensors))
+    if torch.is_grad_enabled() and entries > 8 * size:
+        outs = [checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    else:
+        outs = [function(*part) for part in parts]
+    return torch.cat(outs, dim)
+
+
 def linear(x, layer):
-    """An nn.Linear along the first axis: x (c_in, ...) -> (c_out, ...). One matrix product, no transposes."""
-    return torch.addmm(layer.bias[:, None], layer.weight, x.flatten(1)).unflatten(1, x.shape[1:])
+    """An nn.Linear along the first axis: x (c_in, columns) -> (c_out, columns). One matrix product, no transposes."""
+    return torch.addmm(layer.bias[:, None], layer.weight, x)
 
 
 class S4D(nn.Module):
     """The S4D layer: GLU(Linear(GELU(K * u + D u))), forward in time or, with `reverse`, backward.
 
-    d: channels. state_size: N. forward: u (d, L, p) -> (d, L, p), the p positions of one video side by side.
+    d: channels. state_size: N. forward: u (d, p, L) -> (d, p, L).
     """
 
     def __init__(self, d, state_size=512, reverse=False):
@@ -140,19 +170,46 @@ class S4D(nn.Module):
         self.kernel = S4DKernel(d, state_size)
         self.D = nn.Parameter(torch.randn(d))
         self.output_linear = nn.Linear(d, 2 * d)
+        self.kept = None  # impulse response and versions of the parameters it came from, see `kernels_once`
 
     def impulse_response(self, L):
         """-> K (d, L) with D added at lag 0, so that the convolution with it is K * u + D u."""
+        if self.kept is not None:
+            K, versions = self.kept
+            if K.shape[1] == L and (torch.compiler.is_compiling() or versions == self.versions()):
+                return K
         K = self.kernel(L)
         return torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], 1)
 
+    def versions(self):
+        """How often each parameter of the kernel was written to."""
+        return [parameter._version for parameter in (*self.kernel.parameters(), self.D)]
+
     def output(self, y):
-        """y: (d, L, p), the output of the SSM -> GLU(Linear(GELU(y))), (d, L, p)."""
+        """y: (d, columns), the output of the SSM -> GLU(Linear(GELU(y))), (d, columns)."""
         return F.glu(linear(F.gelu(y), self.output_linear), dim=0)
 
     def forward(self, u):
-        [y] = ssm_conv(u, [(self.impulse_response(u.shape[1]), self.reverse)], positions=u.shape[2])
-        return self.output(y)
+        [y] = fft_conv(u, [(self.impulse_response(u.shape[2]), self.reverse)])
+        return self.output(y.flatten(1)).unflatten(1, u.shape[1:])
+
+
+@contextlib.contextmanager
+def kernels_once(net, L):
+    """In this context every S4D inside `net` computes its kernel for L frames once, not at every call: for sampling.
+
+    A kernel whose parameters change in the meantime is not used (but compiled code does not look), and all are dropped
+    in the end.
+    """
+    ssms = [module for module in net.modules() if isinstance(module, S4D)]
+    try:
+        with torch.no_grad():
+            for ssm in ssms:
+                ssm.kept = ssm.impulse_response(L), ssm.versions()
+        yield
+    finally:
+        for ssm in ssms:
+            ssm.kept = None
 
 
 class LayerNorm(nn.Module):
@@ -213,24 +270,41 @@ class TemporalSSM(nn.Module):
         self.mlp = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:]))
 
     def forward(self, x):
-        H = self.norm(x)                                                            # b c f ...
-        return (x if self.skip == "input" else H) + self.mix(H)
+        return (x if self.skip == "input" else self.norm(x)) + self.mix(x)          # b c f ...
 
-    def mix(self, H):
-        """Everything between the normalisation and the skip: (b, c, f, ...) -> (b, c, f, ...)."""
-        b, c, f = H.shape[:3]
-        h = H.reshape(b, c, f, -1).permute(1, 2, 0, 3).flatten(2)                   # c f p, a view when b = 1
-        if self.mlp_position == "pre":
-            h = self.apply_mlp(h)
+    def mix(self, x):
+        """Everything but the skip: (b, c, f, ...) -> (b, c, f, ...)."""
+        b, c, f = x.shape[:3]
+        X = x.reshape(b, c, f, -1)                                                  # b c f n
+        # Columns of channels: the frames of all positions, in the order that the convolution wants. No layer but the
+        # convolution mixes columns.
+        toeplitz = choose_toeplitz(f, X.shape[3])
+        order = (1, 2, 0, 3) if toeplitz else (1, 0, 3, 2)
+        X = X.permute(order)                                                        # c f b n or c b n f
+        shape = X.shape
+        size = chunk_size(x.device)
+        H = in_chunks(self.normalise, X.flatten(1), dim=1, size=size)               # c columns
         kernels = [(ssm.impulse_response(f), ssm.reverse) for ssm in self.directions]
-        ys = ssm_conv(h, kernels, positions=h.shape[2] // b)
-        U = sum(ssm.output(y) for ssm, y in zip(self.directions, ys))               # c f p
-        if self.mlp_position == "post":
-            U = self.apply_mlp(U)
-        return U.unflatten(2, (b, -1)).permute(2, 0, 1, 3).reshape(H.shape)         # b c f ...
+        if toeplitz:
+            ys = toeplitz_conv(H.view(c, f, -1), kernels)                           # c f p
+        else:
+            ys = fft_conv(H.view(c, -1, f), kernels)                                # c p f
+        U = in_chunks(self.output, *(y.flatten(1) for y in ys), dim=1, size=size).view(shape)
+        order = (2, 0, 1, 3) if toeplitz else (1, 0, 3, 2)
+        return U.permute(order).reshape(x.shape)                                    # b c f ...
+
+    def normalise(self, X):
+        """LayerNorm(X), and the MLP if it comes first: (c, columns) -> (c, columns)."""
+        H = self.norm(X[None])[0]
+        return self.apply_mlp(H) if self.mlp_position == "pre" else H
+
+    def output(self, *ys):
+        """F + Flip(B), and the MLP if it comes last: the outputs of the SSMs (c, columns) -> (c, columns)."""
+        U = sum(ssm.output(y) for ssm, y in zip(self.directions, ys))
+        return self.apply_mlp(U) if self.mlp_position == "post" else U
 
     def apply_mlp(self, x):
-        """x: (c, f, p) -> (c, f, p)."""
+        """x: (c, columns) -> (c, columns)."""
         if len(self.mlp) == 1:
             return F.gelu(linear(x, self.mlp[0]))
         if len(self.mlp) == 2:

@@ -11,6 +11,7 @@ processes does not enter, nor, but for the last bits of floating-point sums, doe
 again by the same command, it goes on where it was. On several machines --out must be in a folder that all share.
 """
 import argparse
+import contextlib
 import datetime
 import hashlib
 import io
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from data import to_uint8
 from diffusion import Diffusion, sample_generators
 from model import UNet3D, UNetConfig
+from s4d import kernels_once
 
 
 class CheckpointError(ValueError):
@@ -147,9 +149,22 @@ def load_network(ckpt, weights, device):
 def draw(net, diffusion, seed, indices, shape, precision="auto", progress=None):
     """Draw the samples of the given indices, shape (c, f, h, w) -> uint8 array (len(indices), f, h, w, 3)."""
     device = torch.device(diffusion.device)
-    with autocast(device, precision):
+    with autocast(device, precision), kernels_once(net, shape[1]):
         x = diffusion.sample(net, (len(indices), *shape), sample_generators(seed, indices, device), progress)
     return to_uint8(x).cpu().numpy()
+
+
+def fitting_batch_size(net, shape, precision, device):
+    """How many videos of `shape` (c, f, h, w) to draw at once: on CUDA as many as fit its free memory, up to 64."""
+    if device.type != "cuda":
+        return 8
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with autocast(device, precision), torch.no_grad():
+        net(torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.long, device=device))
+    per_video = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    return max(1, min(64, int(0.8 * torch.cuda.mem_get_info()[0] / per_video)))
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -218,12 +233,14 @@ def parse_args():
     parser.add_argument("--ckpt", type=Path, help="checkpoint; none: the newest under out/")
     parser.add_argument("--num", "--num-samples", type=positive_int, default=16,
                         help="number of videos (under torchrun write --num-samples: --num is ambiguous to torchrun)")
-    parser.add_argument("--batch-size", type=positive_int, default=8, help="videos drawn at once by each process")
+    parser.add_argument("--batch-size", type=positive_int,
+                        help="videos drawn at once by each process; none: 8, on CUDA up to 64, as memory allows")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="sample i is a function of the seed and i")
     parser.add_argument("--frames", type=positive_int, help="frames per video; none: as trained")
     parser.add_argument("--size", type=positive_int, help="height and width; none: as trained")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the latest")
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network; a CUDA graph on CUDA")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; none: the best there is")
     parser.add_argument("--out", type=Path, help=".npy file to write; none: samples_STEP.npy beside the checkpoint")
     return parser.parse_args()
@@ -243,6 +260,7 @@ def main():
     if size % factor:
         raise ValueError(f"--size {size}: this network needs a size divisible by {factor}")
     diffusion = Diffusion(config["diffusion_steps"], device)
+    shape = (net.config.video_channels, frames, size, size)
 
     out = args.out or path.with_name(f"samples_{ckpt['step']:07d}.npy")
     if out.suffix != ".npy":
@@ -253,8 +271,14 @@ def main():
                "num": args.num, "frames": frames, "size": size, "seed": args.seed, "sampler": "ddpm",
                "sampling_steps": diffusion.T, "device": device.type,
                "precision": choose_precision(device, args.precision)}
+    batch_size = args.batch_size
     if about.exists():
-        if about.read_text(errors="replace") != json.dumps(request, indent=1):
+        recorded = {}
+        with contextlib.suppress(ValueError):
+            recorded = dict(json.loads(about.read_text(errors="replace")))
+        # the same batches as before, unless others are asked for
+        batch_size = batch_size or recorded.get("batch_size")
+        if request != {name: value for name, value in recorded.items() if name != "batch_size"}:
             raise ValueError(f"{about} belongs to other samples; delete it and {out.name}, or choose another --out")
     else:
         for file in (out, gif, mp4):
@@ -267,9 +291,15 @@ def main():
     if world_size > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(hours=24))
         agree(request)
+    # one batch size for all processes, which share the batches among them
+    batch_size = torch.tensor(batch_size or fitting_batch_size(net, shape, args.precision, device))
+    if world_size > 1:
+        dist.broadcast(batch_size, 0)
+    batch_size = min(batch_size.item(), math.ceil(args.num / world_size))  # smaller if not all would have one
     if rank == 0:
         parts_of(out).mkdir(parents=True, exist_ok=True)
-        replace_with(about, lambda temporary: temporary.write_text(json.dumps(request, indent=1)))
+        about_samples = json.dumps(request | {"batch_size": batch_size}, indent=1)
+        replace_with(about, lambda temporary: temporary.write_text(about_samples))
         decay = f", decay {config['ema_decay']}" if args.weights == "ema" else ""
         print(f"{path}: step {ckpt['step']}, {args.weights} weights{decay}; {args.num} videos of {frames} frames, "
               f"{size}x{size}, {diffusion.T} steps, seed {args.seed}, {world_size} x {device.type}")
@@ -280,12 +310,13 @@ def main():
 
     # Finished videos wait in a folder until all are there.
     parts = [parts_of(out) / f"{i:07d}.npy" for i in range(args.num)]
-    # The processes take batches in turn; smaller ones if there would not be one for each. A batch that was stopped in
-    # the middle is drawn again whole, so that its sums are rounded as they would have been.
-    batch_size = min(args.batch_size, math.ceil(args.num / world_size))
+    # The processes take batches in turn. A batch that was stopped in the middle is drawn again whole, so that its sums
+    # are rounded as they would have been.
     batches = [range(first, min(first + batch_size, args.num)) for first in range(0, args.num, batch_size)]
     mine = [batch for batch in batches[rank::world_size] if not all(parts[i].exists() for i in batch)]
-    shape = (net.config.video_channels, frames, size, size)
+    if args.compile:
+        # fixed shapes: the last batch, if smaller, is compiled too
+        net = torch.compile(net, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
     with tqdm(total=len(mine) * diffusion.T, unit="step", disable=True if rank else None) as bar:
         def progress(steps):
             for step in steps:

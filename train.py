@@ -33,7 +33,8 @@ from tqdm import tqdm
 import fvd
 from data import DataError, MazeVideos, batches, open_videos, to_float
 from diffusion import Diffusion, training_noise
-from model import TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
+from model import ATTENTION_IMPLS, TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
+from s4d import kernels_once
 from sample import (CheckpointError, Parser, autocast, choose_device, draw, load_checkpoint, non_negative_int,
                     positive_int, replace_with, run, save_gif)
 
@@ -53,7 +54,7 @@ PRESETS = {
 # What may be different when a run goes on: none of it shapes the network or the data.
 MAY_CHANGE = {"preset", "steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision",
               "compile", "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips",
-              "grid_samples", "fvd_every", "fvd_videos", "i3d"}
+              "grid_samples", "attention_impl", "fvd_every", "fvd_videos", "i3d"}
 
 
 class NotFinite(ValueError):
@@ -100,6 +101,9 @@ def make_parser():
     group.add_argument("--time-dim", type=positive_int, default=1024, help="width of the time embedding")
     group.add_argument("--heads", type=positive_int, default=8, help="attention heads, spatial ones too")
     group.add_argument("--head-dim", type=positive_int, default=64, help="width of a temporal attention head")
+
+    group.add_argument("--attention-impl", choices=ATTENTION_IMPLS, default="sdpa",
+                       help="sdpa: fused attention, memory linear in the frames; math: the paper's, quadratic")
 
     group = parser.add_argument_group("temporal SSM layer")
     group.add_argument("--state-size", type=positive_int, default=512, help="N, the paper's SSM hidden dims")
@@ -168,8 +172,9 @@ def parse_args(argv=None):
 
 def unet_config(args):
     return UNetConfig(temporal=args.temporal, base_channels=args.base_channels, channel_mults=tuple(args.channel_mults),
-                      time_dim=args.time_dim, heads=args.heads, head_dim=args.head_dim, state_size=args.state_size,
-                      mlp_dim=args.mlp_dim, mlp_layers=args.mlp_layers, mlp_position=args.mlp_position,
+                      time_dim=args.time_dim, heads=args.heads, head_dim=args.head_dim,
+                      attention_impl=args.attention_impl, state_size=args.state_size, mlp_dim=args.mlp_dim,
+                      mlp_layers=args.mlp_layers, mlp_position=args.mlp_position,
                       bidirectional=not args.unidirectional, skip=args.skip)
 
 
@@ -299,12 +304,12 @@ def held_out_loss(net, diffusion, videos, args, device, rank, world_size):
     The same for every seed, world size and step, so that its curve is smooth where the training loss is noisy.
     """
     losses = torch.zeros(args.eval_clips, 4, device=device)
-    for i in range(rank, args.eval_clips, world_size):
-        x_0 = to_float(torch.from_numpy(videos.clip(i))).to(device)                         # c f h w
-        draws = [training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T) for quartile in range(4)]
-        t = torch.cat([(quartile * diffusion.T + t) // 4 for quartile, (t, _) in enumerate(draws)]).to(device)
-        noise = torch.cat([noise for _, noise in draws]).to(device)                         # 4 c f h w
-        with autocast(device, args.precision):
+    with autocast(device, args.precision), kernels_once(net, args.frames):
+        for i in range(rank, args.eval_clips, world_size):
+            x_0 = to_float(torch.from_numpy(videos.clip(i))).to(device)                     # c f h w
+            draws = [training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T) for quartile in range(4)]
+            t = torch.cat([(quartile * diffusion.T + t) // 4 for quartile, (t, _) in enumerate(draws)]).to(device)
+            noise = torch.cat([noise for _, noise in draws]).to(device)                     # 4 c f h w
             losses[i] = diffusion.loss(net, x_0.expand_as(noise), t, noise, args.loss)
     if world_size > 1:
         dist.all_reduce(losses)
@@ -483,7 +488,11 @@ def train(args):
             print(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
         return
 
-    forward = torch.compile(net) if args.compile else net
+    forward = net
+    if args.compile:
+        # DDP's own splitting of compiled graphs knows no checkpoints
+        torch._dynamo.config.optimize_ddp = False
+        forward = torch.compile(net, dynamic=False)
     if world_size > 1:
         forward = DistributedDataParallel(forward, device_ids=[device.index] if device.type == "cuda" else None,
                                           gradient_as_bucket_view=True)
