@@ -302,10 +302,11 @@ def give_memory_back(device):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def memory_is_short(device):
-    """Whether others need what this process has freed. (A CPU would have to map it anew in the next step.)"""
-    info = "/proc/meminfo"
-    return device.type == "cuda" or not os.path.exists(info) or proc("MemAvailable", info) < 0.7 * proc("MemTotal", info)
+def holds_much(device):
+    """Whether others may need what this process has freed. (If not, it keeps it: mapping memory anew takes time.)"""
+    if device.type == "cuda" or proc("VmRSS") is None:
+        return True
+    return proc("VmRSS") > 0.1 * proc("MemTotal", "/proc/meminfo")
 
 
 def limit_memory(args, device, start):
@@ -363,7 +364,7 @@ def serve(row, args, pipe):
                 if device.type == "cuda":
                     step()  # asks for the memory again that was given back after the last turn
                 seconds, peak = timed(step, device)
-                if memory_is_short(device):
+                if holds_much(device):
                     give_memory_back(device)
                 pipe.send((seconds, peak - before))
     except (MemoryError, RuntimeError) as error:

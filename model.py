@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from s4d import LayerNorm, TemporalSSM, chunk_size, in_chunks
+from s4d import LayerNorm, TemporalSSM, at_least_float32, chunk_size, in_chunks
 
 TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "none")
 ATTENTION_IMPLS = ("sdpa", "math")
@@ -79,11 +79,10 @@ def rotary_embedding(x, freqs):
     -> (..., f, d).
     """
     angle = torch.outer(torch.arange(x.shape[-2], device=x.device).float(), freqs)          # f rotary_dim/2
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    rotary_dim = 2 * len(freqs)
-    even, odd = x[..., 0:rotary_dim:2], x[..., 1:rotary_dim:2]
-    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
-    return torch.cat([rotated, x[..., rotary_dim:]], -1)
+    angle = F.pad(angle, (0, x.shape[-1] // 2 - len(freqs)))                                # f d/2
+    # each pair as a complex number: a slice for each half, and the rest, would cost as much as the attention itself
+    pairs = torch.view_as_complex(at_least_float32(x).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2).to(x.dtype)
 
 
 class RelativePositionBias(nn.Module):
@@ -114,7 +113,7 @@ class RelativePositionBias(nn.Module):
 class TemporalAttention(nn.Module):
     """Attention over the frames at each position, as in VDM: pre-norm, residual, rotary, relative bias, no biases.
 
-    head_dim: even, or at least 32.
+    head_dim: even.
     impl: "sdpa", PyTorch's fused attention on some positions at a time, recomputed in the backward pass: memory is
         linear in the frames, in training too. (Fused kernels alone would not do: the gradient of the bias is of the
         size of the logits, (p, heads, f, f), for all the positions that are treated at once.)
@@ -124,9 +123,9 @@ class TemporalAttention(nn.Module):
 
     def __init__(self, channels, heads, head_dim, impl="sdpa"):
         super().__init__()
-        if head_dim < 32 and head_dim % 2:
-            raise ValueError(f"head_dim is {head_dim}; expected an even number, or 32 and more, since the rotary "
-                             "embedding turns features in pairs")
+        if head_dim % 2:
+            raise ValueError(f"head_dim is {head_dim}; expected an even number, since the rotary embedding turns "
+                             "features in pairs")
         if impl not in ATTENTION_IMPLS:
             raise ValueError(f"attention_impl is {impl!r}; expected one of {', '.join(ATTENTION_IMPLS)}")
         self.heads, self.impl = heads, impl

@@ -2147,10 +2147,11 @@ def test_folders_need_data(fvd_command, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ in training
 
-FVD_TRAIN = ["--device", "cpu", "--workers", 0, "--frames", 9, "--size", 8, "--diffusion-steps", 4, "--base-channels", 8,
-         "--channel-mults", 1, 2, "--time-dim", 16, "--heads", 2, "--head-dim", 8, "--state-size", 8, "--mlp-dim", 12,
-         "--batch-size", 2, "--precision", "float32", "--ema-every", 1, "--ema-start", 1, "--eval-clips", 0,
-         "--grid-samples", 0]
+
+FVD_TRAIN = ["--device", "cpu", "--workers", 0, "--frames", 9, "--size", 8, "--diffusion-steps", 4,
+             "--base-channels", 8, "--channel-mults", 1, 2, "--time-dim", 16, "--heads", 2, "--head-dim", 8,
+             "--state-size", 8, "--mlp-dim", 12, "--batch-size", 2, "--precision", "float32", "--ema-every", 1,
+             "--ema-start", 1, "--eval-clips", 0, "--grid-samples", 0]
 
 
 def train_with_fvd(monkeypatch, *flags):
