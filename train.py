@@ -26,6 +26,7 @@ import time
 import weakref
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -33,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
+import fvd
 from data import DataError, MazeVideos, batches, open_videos, to_float
 from diffusion import Diffusion, training_noise
 from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
@@ -68,7 +70,7 @@ TAKES = {"ssm": ("state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidire
 # What may be different when a run goes on: none of it shapes the network or the data.
 MAY_CHANGE = {"preset", "steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision",
               "compile", "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips",
-              "grid_samples", "attention_impl"}
+              "grid_samples", "attention_impl", "fvd_every", "fvd_videos", "i3d"}
 
 
 class NotFinite(ValueError):
@@ -159,6 +161,9 @@ def make_parser():
     group.add_argument("--save-every", type=positive_int, default=1000, help="steps between checkpoints")
     group.add_argument("--eval-clips", type=non_negative_int, default=16, help="clips of the held-out loss; 0: none")
     group.add_argument("--grid-samples", type=non_negative_int, default=9, help="videos in a sample grid; 0: none")
+    group.add_argument("--fvd-every", type=non_negative_int, default=0, help="steps between FVDs of samples; 0: none")
+    group.add_argument("--fvd-videos", type=positive_int, default=64, help="samples, and clips to compare them with")
+    group.add_argument("--i3d", help="I3D weights for --fvd-every, i3d_pretrained_400.pt (see fvd.py)")
     group.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
     group.add_argument("--dry-run", action="store_true", help="print what would be trained, and exit")
     return parser
@@ -230,6 +235,13 @@ def check_args(args, world_size):
         raise ValueError(f"--size {args.size} is not divisible by {factor}, as {len(args.channel_mults)} levels need")
     if args.base_channels % 8:
         raise ValueError(f"--base-channels {args.base_channels}: expected a multiple of 8, the groups of GroupNorm")
+    if bool(args.fvd_every) != bool(args.i3d):
+        raise ValueError(f"--fvd-every {args.fvd_every} --i3d {args.i3d}: expected both or neither; the weights: "
+                         "python fvd.py --check --i3d download")
+    if args.fvd_every:
+        fvd.check_frames(args.frames)
+        if args.fvd_videos < 2:
+            raise ValueError(f"--fvd-videos {args.fvd_videos}: expected 2 or more")
 
 
 # ---------------------------------------------------------------------------------------- checkpoints and logs
@@ -418,6 +430,21 @@ def sample_grid(net, diffusion, args, path, rank, world_size):
         save_gif(path, videos.cpu().numpy())
 
 
+def sampled_fvd(net, i3d, diffusion, videos, args, rank, world_size):
+    """FVD between the first samples and as many training clips; the processes share the work. Biased upwards, as they
+    are few: it shows the trend, fvd.py the number."""
+    real, fake = fvd.Statistics(), fvd.Statistics()
+    share = args.batch_size // world_size
+    mine = range(rank, args.fvd_videos, world_size)
+    for first in tqdm(range(0, len(mine), share), desc="FVD", leave=False, disable=True if rank else None):
+        indices = mine[first:first + share]
+        shape = (net.config.video_channels, args.frames, args.size, args.size)
+        drawn = draw(net, diffusion, args.seed, indices, shape, args.precision)
+        fake.update(fvd.i3d_features(i3d, drawn))
+        real.update(fvd.i3d_features(i3d, np.stack([videos.clip(i) for i in indices])))
+    return fvd.distance(real.gather(), fake.gather())
+
+
 def check_finite(pending, first_step, args):
     """pending: (n, 2) losses and gradient norms of the steps from first_step on. Raises NotFinite."""
     for i, (loss, grad_norm) in enumerate(pending):
@@ -489,6 +516,8 @@ def train(args):
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(hours=6))
 
+    i3d = fvd.load_i3d(args.i3d, device) if args.fvd_every else None
+
     # ---- everything that can be wrong with the data, the folder or the checkpoint shows here, before any training
     videos, held_out, about_data = open_data(args, rank, local_rank, world_size)
     config = {name: value for name, value in vars(args).items() if name not in ("out", "dry_run")}
@@ -543,6 +572,19 @@ def train(args):
 
     if samples_due(first_step) and not grid_path(first_step).exists():  # the last run was stopped before it could
         sample_grid(ema, diffusion, args, grid_path(first_step), rank, world_size)
+    def fvd_due(step):
+        return args.fvd_every and step > 0 and (step % args.fvd_every == 0 or step == args.steps)
+
+    def log_fvd(step):
+        value = sampled_fvd(ema, i3d, diffusion, videos, args, rank, world_size)
+        if rank == 0:
+            with open(log_path, "a") as log:
+                log.write(json.dumps({"step": step, "fvd": value, "fvd_videos": args.fvd_videos}) + "\n")
+            tqdm.write(f"step {step}/{args.steps}  FVD of {args.fvd_videos} samples {value:.2f}")
+
+    logged = log_path.read_text() if log_path.exists() else ""
+    if fvd_due(first_step) and f'{{"step": {first_step}, "fvd":' not in logged:  # likewise
+        log_fvd(first_step)
     if first_step >= args.steps:
         if rank == 0:
             print(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
@@ -617,7 +659,7 @@ def train(args):
         eval_due = args.eval_clips and (step % args.eval_every == 0 or end)
         save_due = step % args.save_every == 0 or end or stop
         ema_due = step % args.ema_every == 0
-        if not (log_due or eval_due or save_due or samples_due(step) or ema_due):
+        if not (log_due or eval_due or save_due or samples_due(step) or fvd_due(step) or ema_due):
             continue
 
         # the only places where the host waits for the device
@@ -661,7 +703,9 @@ def train(args):
             save_checkpoint(args.out, step, config, net, ema, optimizer, interval)
         if samples_due(step) and not stop:
             sample_grid(ema, diffusion, args, grid_path(step), rank, world_size)
-        if record or samples_due(step):
+        if fvd_due(step) and not stop:
+            log_fvd(step)
+        if record or samples_due(step) or fvd_due(step):
             timer, timed_steps = time.perf_counter(), 0
         if end or stop:
             break
