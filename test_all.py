@@ -1831,7 +1831,7 @@ def test_an_interrupted_or_impossible_download_leaves_nothing(server, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------ the fvd_command
+# ------------------------------------------------------------------------------------------------ fvd.py as a command
 
 
 class Scripted(torch.nn.Module):
