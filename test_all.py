@@ -2164,7 +2164,7 @@ def test_an_interrupted_or_impossible_download_leaves_nothing(server, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------ the fvd_command
+# ------------------------------------------------------------------------------------------------ fvd.py as a command
 
 
 class Scripted(torch.nn.Module):
@@ -2319,7 +2319,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_digits(fvd_command, after, monk
         write(path, features)
 
     monkeypatch.setattr(fvd, "write_features", stop)
-    assert "give the same fvd_command again" in fvd_command()
+    assert "give the same command again" in fvd_command()
     assert not Path("fake.fvd.json").exists() and not list(Path("cache").glob("**/*.partial"))
     monkeypatch.setattr(fvd, "write_features", write)
     computed = []
@@ -2605,7 +2605,8 @@ def test_bench_compares_and_keeps_what_does_not_fit(monkeypatch, capsys, tmp_pat
     bench_command(monkeypatch, "--what", "layer", "--frames", 400, "--size", 1, "--baseline", "--repeats", 2,
                   "--memory-gb", 0.2, "--out", out)
     printed = capsys.readouterr().out
-    assert re.match(r".+, 1 thread\(s\), torch .+, float32, 1x1, batch 1, base 64: `python bench.py .+`\n", printed)
+    assert re.search(r"^.+, 1 thread\(s\), torch .+, float32, 1x1, batch 1, base 64: `python bench.py .+`$", printed,
+                     re.MULTILINE)
     number = r"[0-9.e+-]+"
     for row in (rf"ours \| 0\.21 M \| {number} \| \d+ MB \| {number} \| {number}% \| – \| –",
                 r"textbook \| 0\.21 M \| out of memory \| – \| – \| – \| – \| –"):
