@@ -2485,7 +2485,7 @@ def test_folders_need_data(fvd_command, monkeypatch):
 
 
 FVD_TRAIN = ["--device", "cpu", "--workers", 0, "--frames", 9, "--size", 8, "--diffusion-steps", 4,
-             "--base-channels", 8, "--channel-mults", 1, 2, "--time-dim", 16, "--heads", 2, "--head-dim", 8,
+             "--base-channels", 8, "--channel-mults", 1, 2, "--time-dim", 16, "--heads", 2,
              "--state-size", 8, "--mlp-dim", 12, "--batch-size", 2, "--precision", "float32", "--ema-every", 1,
              "--ema-start", 1, "--eval-clips", 0, "--grid-samples", 0]
 
