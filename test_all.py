@@ -1951,7 +1951,7 @@ def test_two_gloo_processes_have_the_statistics_of_one(tmp_path):
     x = np.random.default_rng(0).normal(size=(500, 30)) * np.logspace(-3, 0, 30)
     np.save(tmp_path / "near.npy", x)
     np.save(tmp_path / "far.npy", x + 1e6 * x.std(0))
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fork may inherit locks that other tests' threads hold
     processes = [context.Process(target=gather_in_process, args=(rank, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
