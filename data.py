@@ -28,6 +28,7 @@ Needs torch, numpy and Pillow; PyAV (14.2 or later) to decode video files, tqdm 
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -41,6 +42,7 @@ import signal
 import struct
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -276,8 +278,7 @@ def open_videos(path, frames, size, split="train"):
         return PackedVideos(path, frames, size, split)
     _check_clip_settings(frames, size, split, smallest_size=1)
     found, _ = _find_videos(path)
-    files = [file for _, video in found for file in (_frame_files(video) if video.is_dir() else [video])]
-    digest = hashlib.sha256(json.dumps([str(path.resolve()), size, *map(_stamp, files)]).encode()).hexdigest()[:16]
+    digest = _digest(str(path.resolve()), size, *_stamps(found))[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssm-video-diffusion"
     packed = cache / f"{path.resolve().name[:100]}-{size}-{digest}.npy"
     if not packed.exists():
@@ -286,12 +287,18 @@ def open_videos(path, frames, size, split="train"):
     return PackedVideos(packed, frames, size, split)
 
 
-def _stamp(file):
-    """What changes when the file does: name, bytes, time."""
-    try:
-        return str(file), os.stat(file).st_size, os.stat(file).st_mtime_ns
-    except OSError:  # a link to nowhere: for `pack` to skip and report
-        return str(file), None, None
+def _stamps(found):
+    """Of each file of the videos that `_find_videos` found what changes when the file does: name, bytes, time."""
+    for _, video in found:
+        for file in _frame_files(video) if video.is_dir() else [video]:
+            try:
+                yield str(file), os.stat(file).st_size, os.stat(file).st_mtime_ns
+            except OSError:  # a link to nowhere: for `pack` to skip and report
+                yield str(file), None, None
+
+
+def _digest(*values):
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 class PackedVideos:
@@ -452,7 +459,8 @@ def pack(source, out, size, workers=None, min_frames=1):
     beside the source) or else that of a folder called train or test above it, or else "train". Videos that cannot be
     decoded to their very end, and those shorter than `min_frames`, are skipped and listed with the reason.
 
-    `out` appears when it is complete, and never replaces a file. Raises DataError, also when nothing is usable.
+    `out` appears when it is complete, and never replaces a file; a stopped pack goes on where it was when it is asked
+    for again. Raises DataError, also when nothing is usable.
     """
     if size < 1 or min_frames < 1 or (workers is not None and workers < 1):
         raise DataError(f"--size {size} --min-frames {min_frames} --workers {workers}: expected numbers from 1 on")
@@ -460,18 +468,18 @@ def pack(source, out, size, workers=None, min_frames=1):
     found, skipped = _find_videos(source)
     if workers is None:  # the cores this process may use, where the system tells, are often fewer than there are
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    results = _decode_all([path for _, path in found], size, workers)
     official = _official_splits(source)
+    about = [(name, *_label_and_split(name, official)) for name, _ in found]
 
-    def videos():
-        for (name, _), (video, reason) in zip(found, results):
+    def videos(first):
+        results = _decode_all([path for _, path in found[first:]], size, workers)
+        for (name, label, split), (video, reason) in zip(about[first:], results):
             if video is not None and len(video) < min_frames:
                 video, reason = None, f"has {len(video)} frames, fewer than {min_frames}"
-            if video is None:
-                skipped.append({"name": name, "reason": reason})
-            yield name, *_label_and_split(name, official), video
+            yield name, label, split, video, reason
 
-    return _write_packed(out, size, videos(), len(found), skipped)
+    job = _digest(size, min_frames, about, *_stamps(found))
+    return _write_packed(out, size, videos, len(found), skipped, job)
 
 
 def _find_videos(source):
@@ -675,8 +683,9 @@ def _end_with_parent():
     os._exit(1)  # the main process was killed: nobody is left to tell
 
 
-def _write_packed(out, size, videos, count, skipped):
-    """Writes (name, label, split, video or None) of each of `videos` to `out` and its index, which is returned.
+def _write_packed(out, size, videos, count, skipped, job):
+    """Writes the `count` items of videos(0), each (name, label, split, video, None) or (..., None, reason), to `out`
+    and its index, which is returned. The same `job`, a string, asked for again goes on with videos(first).
 
     Everything goes to temporary names first. The index takes its place before the array does, because an array
     without an index would pass for one long video.
@@ -686,9 +695,9 @@ def _write_packed(out, size, videos, count, skipped):
     out = Path(out)
     index_path = out.with_suffix(".json")
     partial, index_partial = (path.with_name(f".{path.name}.partial") for path in (out, index_path))
+    journal = out.with_name(f".{out.name}.journal")
     if out.suffix != ".npy":
         raise DataError(f"--out {out}: expected a name that ends in .npy")
-    entries, total = [], 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
@@ -703,14 +712,30 @@ def _write_packed(out, size, videos, count, skipped):
                     raise DataError(f"{out} exists already; delete it or choose another name")
                 if index_path.exists():
                     _read_index(index_path)  # one of ours that lost its array may be replaced, nothing else
-                file.truncate(0)  # what a killed run left
-                file.write(_npy_header((0, size, size, 3)))
-                for name, label, split, video in tqdm(videos, total=count, unit="video", disable=None):
-                    if video is not None:
-                        file.write(video.data)
-                        entries.append({"name": name, "start": total, "length": len(video), "label": label,
-                                        "split": split})
-                        total += len(video)
+                records = _finished(file, journal, job, size)
+                if records:
+                    print(f"{out}: going on after {len(records)} of {count} videos")
+                with open(journal, "w", encoding="utf-8") as log:
+                    log.writelines(json.dumps(line) + "\n" for line in [job, *records])
+                    bar = tqdm(videos(len(records)), total=count, initial=len(records), unit="video", disable=None)
+                    for name, label, split, video, reason in bar:
+                        if video is None:
+                            records.append({"name": name, "reason": reason})
+                        else:
+                            file.write(video.data)
+                            file.flush()
+                            records.append({"name": name, "length": len(video), "label": label, "split": split,
+                                            "crc32": zlib.crc32(video)})
+                        log.write(json.dumps(records[-1]) + "\n")
+                        log.flush()
+                entries, total = [], 0
+                for record in records:
+                    if "reason" in record:
+                        skipped.append(record)
+                    else:
+                        entries.append({"name": record["name"], "start": total, "length": record["length"],
+                                        "label": record["label"], "split": record["split"]})
+                        total += record["length"]
                 if not entries:
                     reasons = "; ".join(f"{video['name']}: {video['reason']}" for video in skipped[:3])
                     raise DataError(f"none of the {count} videos is usable: {reasons}")
@@ -722,9 +747,10 @@ def _write_packed(out, size, videos, count, skipped):
                 index_partial.write_text(json.dumps(index, indent=1), encoding="utf-8")
                 os.replace(index_partial, index_path)
                 os.replace(partial, out)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                index_partial.unlink(missing_ok=True)
+                journal.unlink(missing_ok=True)
+            except DataError:
+                for file in (partial, index_partial, journal):
+                    file.unlink(missing_ok=True)
                 raise
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
@@ -740,6 +766,27 @@ def _write_packed(out, size, videos, count, skipped):
     return index
 
 
+def _finished(file, journal, job, size):
+    """What a stopped run of the same job got done -> its records; `file` is cut off behind their videos."""
+    records, end = [], len(_npy_header(()))
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # there is none, or it is cut off
+        first, *lines = journal.read_text(encoding="utf-8").splitlines()
+        for line in lines if json.loads(first) == job else ():
+            record = json.loads(line)
+            if "reason" not in record:
+                file.seek(end)
+                pixels = file.read(record["length"] * size * size * 3)
+                if zlib.crc32(pixels) != record["crc32"]:  # after a power failure
+                    break
+                end += len(pixels)
+            records.append(record)
+    file.seek(0)
+    file.write(_npy_header((0, size, size, 3)))
+    file.truncate(end)
+    file.seek(end)
+    return records
+
+
 def _npy_header(shape):
     """The header of a .npy file (format 1.0) of uint8 in 128 bytes, however many frames there turn out to be."""
     description = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
@@ -749,8 +796,12 @@ def _npy_header(shape):
 def _pack_mazes(out, size, frames, num, seed):
     if num < 1 or seed < 0:
         raise DataError(f"--num {num} --seed {seed}: expected 1 or more videos, and a seed from 0 on")
-    videos = MazeVideos(frames, size)
-    _write_packed(out, size, ((f"walk{i:05d}", None, "train", videos.clip(seed, i)) for i in range(num)), num, [])
+    walks = MazeVideos(frames, size)
+
+    def videos(first):
+        return ((f"walk{i:05d}", None, "train", walks.clip(seed, i), None) for i in range(first, num))
+
+    _write_packed(out, size, videos, num, [], _digest("maze", size, frames, num, seed))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -780,7 +831,7 @@ def main():
     except DataError as error:
         sys.exit(f"data.py: {error}")
     except KeyboardInterrupt:
-        print("data.py: interrupted, nothing was written", file=sys.stderr)
+        print("data.py: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
 
 

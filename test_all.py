@@ -2,6 +2,7 @@
 import contextlib
 import http.server
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -818,6 +819,7 @@ def test_a_different_model_is_not_resumed(run_train, tmp_path):
     run_train("--steps", 1, "--out", tmp_path)
     before = (tmp_path / "ckpt.pt").read_bytes()
     for flags, words in [(["--frames", 6], "--frames 5, not 6"), (["--temporal", "gss"], "--temporal ssm, not gss"),
+                         (["--frames", 7, "--lr", 1, "--heads", 2], "--frames 5, not 7; --heads 1, not 2: give"),
                          (["--batch-size", 2], "--batch-size 4, not 2"), (["--seed", 1], "--seed 0, not 1")]:
         with pytest.raises(ValueError, match=words):
             run_train("--steps", 2, "--out", tmp_path, *flags)
@@ -830,10 +832,14 @@ def test_a_folder_is_one_runs_alone(run_train, tmp_path):
     with pytest.raises(ValueError, match="config.json that is not a run's"):
         run_train("--steps", 1, "--out", tmp_path / "other")
     assert (tmp_path / "other" / "config.json").read_text() == '{"mine": 1}'
-    lock = train.take_folder(tmp_path / "run")
-    with pytest.raises(ValueError, match="in use by another training"):
-        run_train("--steps", 1, "--out", tmp_path / "run")
-    lock.close()
+    (tmp_path / "run").mkdir()
+    hold = "import fcntl; lock = open('.lock', 'w'); fcntl.lockf(lock, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path / "run", stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="in use by another training"):
+            run_train("--steps", 1, "--out", tmp_path / "run")
+        other.kill()
     run_train("--steps", 1, "--out", tmp_path / "run")
 
 
@@ -869,6 +875,51 @@ def test_a_non_finite_loss_stops_before_the_checkpoint(run_train, tmp_path, monk
     with pytest.raises(train.NotFinite, match="step 3: loss nan.*--lr 0.01.*--precision"):
         run_train("--steps", 6, "--out", tmp_path)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_ends_no_run(run_train, tmp_path, capsys):
+    run_train("--steps", 6, "--out", tmp_path / "once", "--eval-every", 2)
+    out = tmp_path / "full"
+    run_train("--steps", 2, "--out", out, "--eval-every", 2)
+    before = (out / "ckpt.pt").read_bytes()
+    (out / ".ckpt.pt.partial").symlink_to("/dev/full")  # the first checkpoint, and then it is gone
+    log = train.append_lines
+
+    def full(path, lines):
+        if '"step": 5,' in lines[-1]:
+            raise OSError(f"{path} cannot be written (No space left on device)")
+        log(path, lines)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "append_lines", full)
+        run_train("--steps", 6, "--out", out, "--eval-every", 2)
+    error = capsys.readouterr().err
+    assert re.search("step 4: .*ckpt.pt cannot be written .*; earlier checkpoints are untouched; training goes on", error)
+    assert "log.jsonl cannot be written (No space left on device); training goes on" in error
+    assert losses(out) == losses(tmp_path / "once")
+    assert_same(*(sample.load_checkpoint(path / "ckpt.pt")["model"] for path in (out, tmp_path / "once")))
+    assert (out / "ckpt_previous.pt").read_bytes() == before
+    (out / ".ckpt.pt.partial").symlink_to("/dev/full")
+    last = (out / "ckpt.pt").read_bytes()
+    with pytest.raises(OSError, match="step 7: .*cannot be written"):  # at its end it is an error
+        run_train("--steps", 7, "--out", out)
+    assert (out / "ckpt.pt").read_bytes() == last
+
+
+def test_lines_are_appended_all_or_none(tmp_path, monkeypatch):
+    lines = ["whole\n"]
+    train.append_lines(tmp_path / "log", lines)
+    assert lines == []
+
+    class Full(io.FileIO):
+        def write(self, content):
+            return super().write(content[:3])
+
+    monkeypatch.setattr(train, "open", lambda path, *_, **__: Full(path, "ab"), raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        train.append_lines(tmp_path / "log", ["part\n"])
+    assert (tmp_path / "log").read_text() == "whole\n"
 
 
 def test_grad_accum_gives_the_same_losses(run_train, tmp_path):
@@ -1630,16 +1681,41 @@ def test_packing_never_overwrites(three_videos, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "mine.json", "packed.json", "packed.npy", "source"]
 
 
-def test_an_interrupted_pack_leaves_nothing(tmp_path, monkeypatch):
-    write_npy(tmp_path / "source" / "a.npy", 3)
+@pytest.mark.parametrize("harm", [None, "journal", "array", "source"])
+def test_a_stopped_pack_goes_on(tmp_path, monkeypatch, capsys, harm):
+    for i in range(5):
+        write_npy(tmp_path / "source" / f"{i}.npy", 2 + i)
+    (tmp_path / "source" / "1.npy").write_text("text")
+    decode_all, decoded = data._decode_all, []
 
-    def interrupt(name, official):
-        raise KeyboardInterrupt
+    def interrupted(paths, size, workers):
+        for number, result in enumerate(decode_all(paths, size, workers)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield result
 
-    monkeypatch.setattr(data, "_label_and_split", interrupt)
+    def counted(paths, size, workers):
+        decoded.extend(paths)
+        return decode_all(paths, size, workers)
+
+    monkeypatch.setattr(data, "_decode_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.pack(tmp_path / "source", tmp_path / "packed.npy", size=8, workers=1)
-    assert os.listdir(tmp_path) == ["source"]
+    assert not (tmp_path / "packed.npy").exists()
+    journal, array = tmp_path / ".packed.npy.journal", tmp_path / ".packed.npy.partial"
+    if harm == "journal":  # killed within a line
+        journal.write_bytes(journal.read_bytes()[:-5])
+    elif harm == "array":  # a power failure
+        array.write_bytes(array.read_bytes()[:-100] + bytes(100))
+    elif harm == "source":
+        write_npy(tmp_path / "source" / "0.npy", 4)
+    monkeypatch.setattr(data, "_decode_all", counted)
+    data.pack(tmp_path / "source", tmp_path / "packed.npy", size=8, workers=1)
+    data.pack(tmp_path / "source", tmp_path / "whole.npy", size=8, workers=1)
+    assert len(decoded) - 5 == {None: 2, "journal": 3, "array": 3, "source": 5}[harm], "only what was not done"
+    assert (tmp_path / "packed.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    assert (tmp_path / "packed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
 def test_command_line(tmp_path):

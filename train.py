@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
 import json
 import math
@@ -276,7 +277,7 @@ def take_folder(out):
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, its children do not hold it after its death
     except BlockingIOError:
         raise ValueError(f"--out {out} is in use by another training; wait for it or choose another folder") from None
     except OSError as error:
@@ -309,17 +310,32 @@ def load_newest(out):
 
 def check_resume(config, saved, out):
     """-> lines about settings that changed since the checkpoint. Raises ValueError for those that must not change."""
-    lines = []
+    lines, refused = [], []
     for name, new in config.items():
         old = saved.get(name, make_parser().get_default(name))  # a checkpoint may be older than a flag
         if old == new:
             continue
         flag = "--" + name.replace("_", "-")
-        if name not in MAY_CHANGE:
-            raise ValueError(f"{out} holds a run with {flag} {old}, not {new}; give {flag} {old} to go on with it, or "
-                             "another --out for a new run")
-        lines.append(f"changed: {flag} {old} -> {new}")
+        if name in MAY_CHANGE:
+            lines.append(f"changed: {flag} {old} -> {new}")
+        else:
+            refused.append(f"{flag} {old}, not {new}")
+    if refused:
+        raise ValueError(f"{out} holds a run with {'; '.join(refused)}: give it as it was to go on, or another --out "
+                         "for a new run")
     return lines
+
+
+def append_lines(path, lines):
+    """Append lines to a file, all of them or none, and empty the list. Raises OSError."""
+    content = "".join(lines).encode()
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        if content and file.write(content) < len(content):  # the last bytes of a disk
+            file.truncate(end)
+            raise OSError(f"{path} cannot be written ({os.strerror(errno.ENOSPC)})")
+        os.fsync(file.fileno())
+    lines.clear()
 
 
 def trim_log(path, step):
@@ -427,7 +443,10 @@ def sample_grid(net, diffusion, args, path, rank, world_size):
     if world_size > 1:
         dist.all_reduce(videos)
     if rank == 0:
-        save_gif(path, videos.cpu().numpy())
+        try:
+            save_gif(path, videos.cpu().numpy())
+        except OSError as error:  # no reason to end a run
+            tqdm.write(f"{path} cannot be written ({error.strerror})", file=sys.stderr)
 
 
 def sampled_fvd(net, i3d, diffusion, videos, args, rank, world_size):
@@ -572,19 +591,22 @@ def train(args):
 
     if samples_due(first_step) and not grid_path(first_step).exists():  # the last run was stopped before it could
         sample_grid(ema, diffusion, args, grid_path(first_step), rank, world_size)
+
     def fvd_due(step):
         return args.fvd_every and step > 0 and (step % args.fvd_every == 0 or step == args.steps)
+
+    log_lines = []                              # not yet in log.jsonl
 
     def log_fvd(step):
         value = sampled_fvd(ema, i3d, diffusion, videos, args, rank, world_size)
         if rank == 0:
-            with open(log_path, "a") as log:
-                log.write(json.dumps({"step": step, "fvd": value, "fvd_videos": args.fvd_videos}) + "\n")
+            log_lines.append(json.dumps({"step": step, "fvd": value, "fvd_videos": args.fvd_videos}) + "\n")
             tqdm.write(f"step {step}/{args.steps}  FVD of {args.fvd_videos} samples {value:.2f}")
 
     logged = log_path.read_text() if log_path.exists() else ""
     if fvd_due(first_step) and f'{{"step": {first_step}, "fvd":' not in logged:  # likewise
         log_fvd(first_step)
+        append_lines(log_path, log_lines)
     if first_step >= args.steps:
         if rank == 0:
             print(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
@@ -634,6 +656,7 @@ def train(args):
     loader = batches(videos, indices, args.seed, first_step, args.workers, pin_memory=device.type == "cuda")
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
     pending = []                                # losses and gradient norms not yet looked at, on the device
+    unsaved = False                             # whether a checkpoint is due that could not be written yet
     timer, timed_steps = time.perf_counter(), 0
     for step, batch in enumerate(loader, start=first_step + 1):
         x_0 = to_float(batch.to(device, non_blocking=True))                                 # share c f h w
@@ -688,8 +711,7 @@ def train(args):
             quartiles = held_out_loss(ema, diffusion, held_out, args, device, rank, world_size).tolist()
             record |= {"held_out_loss": sum(quartiles) / 4, "held_out_quartiles": quartiles}
         if record and rank == 0:
-            with open(log_path, "a") as log:
-                log.write(json.dumps(record) + "\n")
+            log_lines.append(json.dumps(record) + "\n")
             eta = datetime.timedelta(seconds=round((args.steps - step) * record["seconds_per_step"]))
             held_out_text = f"  held-out {record['held_out_loss']:.4f}" if eval_due else ""
             bar.write(f"step {step}/{args.steps}  loss {record['loss']:.4f}{held_out_text}  grad norm "
@@ -699,12 +721,24 @@ def train(args):
                 for name in ("loss", "grad_norm", "seconds_per_step", "held_out_loss"):
                     if name in record:
                         tensorboard.add_scalar(name, record[name], step)
-        if save_due and rank == 0:
-            save_checkpoint(args.out, step, config, net, ema, optimizer, interval)
+        unsaved = unsaved or save_due
+        if rank == 0 and (log_due or eval_due or save_due):
+            # A full disk does not end a run, whose weights would be lost, unless this is its end anyway.
+            try:
+                append_lines(log_path, log_lines)
+                if unsaved:
+                    save_checkpoint(args.out, step, config, net, ema, optimizer, interval)
+                    unsaved = False
+            except OSError as error:
+                if end or stop:
+                    raise
+                bar.write(f"{error}; training goes on and tries again", file=sys.stderr)
         if samples_due(step) and not stop:
             sample_grid(ema, diffusion, args, grid_path(step), rank, world_size)
         if fvd_due(step) and not stop:
             log_fvd(step)
+            if end and rank == 0:
+                append_lines(log_path, log_lines)
         if record or samples_due(step) or fvd_due(step):
             timer, timed_steps = time.perf_counter(), 0
         if end or stop:
