@@ -93,6 +93,8 @@ def _check_clip_settings(frames, size, split, smallest_size):
         raise DataError(f"--frames {frames}: a clip has 1 frame or more")
     if size < smallest_size:
         raise DataError(f"--size {size}: expected {smallest_size} or more")
+    if frames * size * size * 3 > 2**36:
+        raise DataError(f"--frames {frames} --size {size}: one such clip would take more than 64 GB")
     if split not in ("train", "test", "all"):
         raise DataError(f"split {split!r}: expected 'train', 'test' or 'all'")
 
@@ -464,6 +466,7 @@ def pack(source, out, size, workers=None, min_frames=1):
     """
     if size < 1 or min_frames < 1 or (workers is not None and workers < 1):
         raise DataError(f"--size {size} --min-frames {min_frames} --workers {workers}: expected numbers from 1 on")
+    _check_clip_settings(min_frames, size, "all", smallest_size=1)
     source = Path(source)
     found, skipped = _find_videos(source)
     if workers is None:  # the cores this process may use, where the system tells, are often fewer than there are
@@ -695,7 +698,7 @@ def _write_packed(out, size, videos, count, skipped, job):
     out = Path(out)
     index_path = out.with_suffix(".json")
     partial, index_partial = (path.with_name(f".{path.name}.partial") for path in (out, index_path))
-    journal = out.with_name(f".{out.name}.journal")
+    journal, records = out.with_name(f".{out.name}.journal"), []
     if out.suffix != ".npy":
         raise DataError(f"--out {out}: expected a name that ends in .npy")
     try:
@@ -748,9 +751,10 @@ def _write_packed(out, size, videos, count, skipped, job):
                 os.replace(index_partial, index_path)
                 os.replace(partial, out)
                 journal.unlink(missing_ok=True)
-            except DataError:
-                for file in (partial, index_partial, journal):
-                    file.unlink(missing_ok=True)
+            except BaseException as error:
+                if isinstance(error, DataError) or not records:  # nothing to go on with
+                    for file in (partial, index_partial, journal):
+                        file.unlink(missing_ok=True)
                 raise
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
@@ -830,6 +834,8 @@ def main():
             pack(args.source, args.out, args.size, args.workers, args.min_frames)
     except DataError as error:
         sys.exit(f"data.py: {error}")
+    except MemoryError:
+        sys.exit(f"data.py: out of memory with --size {args.size} and {args.frames} frames; try fewer")
     except KeyboardInterrupt:
         print("data.py: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def non_negative_int(text):
-    if not text.isdigit() or int(text) >= 2 ** 63:
+    if not text.isdigit() or int(text) >= 2 ** 31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on, or too large")
     return int(text)
 
@@ -377,7 +377,7 @@ def run(name, main):
     except OSError as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("can't allocate memory|size calculation overflowed", str(error)):
             raise
         message = "out of memory; try a smaller --batch-size, --frames or --size"
     except ValueError as error:
