@@ -212,10 +212,13 @@ def save_mp4(path, videos, fps=10):
     import av
 
     frames = grid(videos)
+    # without x264's macroblock tree, which makes other bytes of the same frames each time
+    options = {"crf": "18", "x264-params": "mbtree=0"}
 
     def write(temporary):
         with av.open(str(temporary), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
+            stream = container.add_stream("libx264", rate=fps, options=options)
+            stream.codec_context.thread_count = 1  # other bytes with each number
             stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -290,7 +293,7 @@ def main():
             print(f"{out} is there already, drawn by this same command; delete it to draw it again")
         return
     if world_size > 1:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=24))
+        join_processes("gloo", hours=24)
         agree(request)
     # one batch size for all processes, which share the batches among them
     batch_size = torch.tensor(batch_size or fitting_batch_size(net, shape, args.precision, device))
@@ -346,6 +349,17 @@ def parts_of(out):
     return out.with_name(f".{out.name}.parts")
 
 
+def join_processes(backend, hours):
+    """Start talking to the other processes of torchrun, which are waited for that long."""
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # On one machine torchrun keeps its store when --max-restarts starts the processes again: they must not find
+        # each other's old addresses there. Of several machines the counts may differ, but each start has a new store.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                            timeout=datetime.timedelta(hours=hours))
+
+
 def agree(request):
     """Raises ValueError unless all processes are to draw the same: a checkpoint may change while they start."""
     digest = hashlib.sha256(json.dumps(request).encode()).digest()
@@ -377,9 +391,12 @@ def run(name, main):
     except OSError as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("can't allocate memory|size calculation overflowed", str(error)):
+        if re.search("Connection (reset|closed) by peer", str(error)):
+            message = "another process of this run has ended; give the same command again to go on"
+        elif isinstance(error, MemoryError) or re.search("can't allocate memory|size calculation overflowed", str(error)):
+            message = "out of memory; try a smaller --batch-size, --frames or --size"
+        else:
             raise
-        message = "out of memory; try a smaller --batch-size, --frames or --size"
     except ValueError as error:
         if int(os.environ.get("LOCAL_RANK", 0)):  # the first process of each machine says it for all
             sys.exit(1)

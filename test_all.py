@@ -786,17 +786,75 @@ def test_a_signal_stops_after_the_step_and_nothing_is_lost(run_train, tmp_path, 
     assert_same(*(sample.load_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("once", "stopped")))
 
 
-def test_a_signal_to_the_whole_process_group_loses_nothing(tmp_path):
-    process = subprocess.Popen([sys.executable, HERE / "train.py", *TRAIN, "--workers", "2", "--steps", "100000",
-                                "--out", tmp_path], start_new_session=True, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            os.killpg(process.pid, signal.SIGTERM)  # the data loading processes get it too
-            break
-    rest = process.communicate(timeout=60)[0]
+def test_signals_to_the_whole_process_group_lose_nothing(run_train, tmp_path):
+    def start_and_send(number):
+        process = subprocess.Popen([sys.executable, HERE / "train.py", *TRAIN, "--workers", "2", "--steps", "100000",
+                                    "--out", tmp_path / "run"], start_new_session=True, stdout=subprocess.PIPE, text=True)
+        shown = 0
+        for line in process.stdout:
+            shown += line.startswith("step ")
+            if shown == 3:
+                os.killpg(process.pid, number)  # the data loading processes get it too
+                break
+        return process, process.communicate(timeout=60)[0]
+
+    process, rest = start_and_send(signal.SIGTERM)
     assert process.returncode == 0
     stopped = int(re.search(r"stopped at step (\d+)", rest)[1])
-    assert stopped >= 3 and sample.load_checkpoint(tmp_path / "ckpt.pt")["step"] == stopped
+    assert stopped >= 3 and sample.load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == stopped
+    start_and_send(signal.SIGKILL)
+    last = sample.load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"]
+    for name in ("run", "undisturbed"):
+        run_train("--steps", last + 2, "--out", tmp_path / name)
+    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
+    run, undisturbed = (sample.load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("run", "undisturbed"))
+    assert_same({**run, "config": None}, {**undisturbed, "config": None})
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the process may touch a file any more."""
+
+
+def test_a_kill_at_any_file_operation_loses_nothing(run_train, tmp_path, monkeypatch):
+    flags = ["--steps", 2, "--save-every", 1, "--eval-clips", 0, "--grid-samples", 0]
+    run_train(*flags, "--out", tmp_path / "whole")
+    countdown = -1
+
+    def killing(function, half=None):
+        def wrapped(*args, **kwargs):
+            nonlocal countdown
+            if countdown == 0:
+                raise Killed
+            countdown -= 1
+            if countdown == 0 and half:
+                half(*args)
+            if countdown == 0:
+                raise Killed
+            return function(*args, **kwargs)
+        return wrapped
+
+    whole = sample.load_checkpoint(tmp_path / "whole" / "ckpt.pt")
+    for name in ("replace", "fsync", "unlink"):
+        monkeypatch.setattr(os, name, killing(getattr(os, name)))
+    monkeypatch.setattr(Path, "unlink", killing(Path.unlink))
+    monkeypatch.setattr(torch, "save", killing(torch.save, lambda ckpt, file: file.write(b"half a checkpoint")))
+    kills = 0
+    while True:
+        out = tmp_path / str(kills)
+        countdown = kills + 1
+        try:
+            run_train(*flags, "--out", out)
+        except Killed:
+            kills += 1
+        else:
+            break
+        countdown = -1
+        run_train(*flags, "--out", out)
+        assert losses(out) == losses(tmp_path / "whole")
+        ckpt = sample.load_checkpoint(out / "ckpt.pt")
+        assert_same({**ckpt, "config": None}, {**whole, "config": None})
+        assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
+    assert kills >= 10
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(run_train, tmp_path, capsys):

@@ -40,8 +40,8 @@ from data import DataError, MazeVideos, batches, open_videos, to_float
 from diffusion import Diffusion, training_noise
 from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
 from s4d import kernels_once
-from sample import (CheckpointError, Parser, autocast, choose_device, draw, load_checkpoint, non_negative_int,
-                    positive_int, replace_with, run, save_gif)
+from sample import (CheckpointError, Parser, autocast, choose_device, draw, join_processes, load_checkpoint,
+                    non_negative_int, positive_int, replace_with, run, save_gif)
 
 # Table 5, a row per column; the settings that all of them share are the flags' defaults.
 PRESETS = {
@@ -534,8 +534,7 @@ def train(args):
     if world_size > 1:
         # Gloo too on GPUs: whether to stop is agreed on without waiting for the device. Hours, since one process may
         # pack a large folder while the others wait; torchrun notices sooner than a timeout when one dies.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=6))
+        join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", hours=6)
 
     i3d = fvd.load_i3d(args.i3d, device) if args.fvd_every else None
 
