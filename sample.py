@@ -171,12 +171,14 @@ def fitting_batch_size(net, shape, precision, device):
 
 
 def replace_with(path, write):
-    """Call write(temporary path), then give the file its name: what stands at `path` is always whole."""
+    """Call write(temporary path), then give the file its name: what stands at `path` is always whole. Raises OSError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")
     try:
         write(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -266,7 +266,8 @@ def save_checkpoint(out, step, config, net, ema, optimizer, interval):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch wraps some errors of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(f"step {step}: {path} cannot be written ({error}); earlier checkpoints are untouched") from None
+        reason = isinstance(error, OSError) and error.strerror or "no space left?"
+        raise OSError(f"step {step}: {path} cannot be written ({reason}); earlier checkpoints are untouched") from None
 
 
 def take_folder(out):
@@ -446,7 +447,7 @@ def sample_grid(net, diffusion, args, path, rank, world_size):
         try:
             save_gif(path, videos.cpu().numpy())
         except OSError as error:  # no reason to end a run
-            tqdm.write(f"{path} cannot be written ({error.strerror})", file=sys.stderr)
+            tqdm.write(str(error), file=sys.stderr)
 
 
 def sampled_fvd(net, i3d, diffusion, videos, args, rank, world_size):
