@@ -284,7 +284,7 @@ def take_folder(out):
         raise OSError(f"--out {out} cannot be used ({error.strerror}); choose another folder") from None
     config = out / "config.json"
     if config.exists():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
             if {"temporal", "frames"} <= set(json.loads(config.read_text(errors="replace"))):
                 return lock
         raise ValueError(f"--out {out} has a config.json that is not a run's; choose another folder")
@@ -343,7 +343,7 @@ def trim_log(path, step):
     if path.exists():
         lines = []
         for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a killed run may be cut off
+            with contextlib.suppress(ValueError, RecursionError):  # the last line of a killed run may be cut off
                 record = json.loads(line)
                 if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
                     lines.append(line + "\n")
