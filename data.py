@@ -598,6 +598,8 @@ def _read_tensor(path):
             video = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError("is refused: it holds more than a tensor, code perhaps") from None
+    except Exception as error:  # torch raises all sorts for a damaged file
+        raise ValueError(f"is damaged, or no file of torch.save ({type(error).__name__})") from None
     if not isinstance(video, torch.Tensor):
         raise ValueError(f"holds a {type(video).__name__}; expected a uint8 tensor (frames, height, width, 3)")
     if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
@@ -614,9 +616,9 @@ def _picture_images(folder):
 
 
 def _animation_images(path):
-    if path.suffix.lower() == ".gif" and path.read_bytes().rstrip(b"\0")[-1:] != b";":  # Pillow does not mind
-        raise ValueError("is cut off")
     with Image.open(path) as image:  # Pillow puts partial frames on top of those before
+        if image.format == "GIF" and path.read_bytes().rstrip(b"\0")[-1:] != b";":  # Pillow would not mind
+            raise ValueError("is cut off")
         yield from ImageSequence.Iterator(image)
 
 
@@ -863,6 +865,7 @@ def main():
     maze.add_argument("--frames", type=int, default=500, help="frames per walk (default: 500)")
     maze.add_argument("--num", type=int, default=100, help="number of walks (default: 100)")
     maze.add_argument("--seed", type=int, default=0, help="another seed, other walks (default: 0)")
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no characters
     args = parser.parse_args()
     try:
         if args.source == "maze":

@@ -407,6 +407,8 @@ def read_videos(path, size=None):
     index_path = path.with_suffix(".json")
     if index_path.exists():
         try:
+            if not index_path.is_file():
+                raise ValueError
             videos = json.loads(index_path.read_text(encoding="utf-8"))["videos"]
             starts, lengths = (np.array([video[key] for video in videos], np.int64) for key in ("start", "length"))
             splits = np.array([video["split"] for video in videos])
@@ -861,6 +863,7 @@ def main():
 
 def run(command):
     """Run the command: what a person did wrong is one line and a non-zero exit, not a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no characters
     try:
         status = command()
         if dist.is_initialized():  # not after an error: it would wait for the other processes

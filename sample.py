@@ -384,6 +384,7 @@ def write_array(path, shape, arrays):
 
 def run(name, main):
     """Run a script's main function: what a person did wrong is one line and a non-zero exit, not a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no characters
     try:
         main()
     except KeyboardInterrupt:
