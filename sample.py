@@ -128,6 +128,8 @@ def parse_checkpoint(content, path):
     wrong = [name for name, kind in expected.items() if not isinstance(ckpt.get(name), kind)]
     wrong = wrong or [f"config.{name}" for name in ("frames", "size", "diffusion_steps", "ema_decay")
                       if not (isinstance(ckpt["config"].get(name), (int, float)) and ckpt["config"][name] > 0)]
+    if not wrong and any(not isinstance(values, list) or len(values) != 2 for values in ckpt["interval"]):
+        wrong = ["losses and gradient norms"]
     if wrong:
         raise CheckpointError(f"{path} is no checkpoint of train.py: it lacks {', '.join(wrong)}")
     return ckpt
@@ -395,7 +397,7 @@ def run(name, main):
     except OSError as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("can't allocate memory|overflowed", str(error)):
             raise
         message = "out of memory; try a smaller --batch-size, --frames or --size"
     except ValueError as error:
