@@ -95,6 +95,8 @@ def _check_clip_settings(frames, size, split, smallest_size):
         raise DataError(f"--frames {frames}: a clip has 1 frame or more")
     if size < smallest_size:
         raise DataError(f"--size {size}: expected {smallest_size} or more")
+    if frames * size * size * 3 > 2**36:
+        raise DataError(f"--frames {frames} --size {size}: one such clip would take more than 64 GB")
     if split not in ("train", "test", "all"):
         raise DataError(f"split {split!r}: expected 'train', 'test' or 'all'")
 
@@ -469,6 +471,7 @@ def pack(source, out, size, workers=None, min_frames=1):
     """
     if size < 1 or min_frames < 1 or (workers is not None and workers < 1):
         raise DataError(f"--size {size} --min-frames {min_frames} --workers {workers}: expected numbers from 1 on")
+    _check_clip_settings(min_frames, size, "all", smallest_size=1)
     source = Path(source)
     found, skipped = _find_videos(source)
     if workers is None:  # the cores this process may use, where the system tells, are often fewer than there are
@@ -632,6 +635,8 @@ def _video_images(path, size):
         if not container.streams.video or container.streams.video[0].codec_context is None:
             raise ValueError("has no video stream that can be decoded")
         stream = container.streams.video[0]
+        if "mp4" in container.format.name and _packets(path) < stream.frames:
+            raise ValueError(f"lacks some of its {stream.frames} frames")
         stream.codec_context.thread_count = 1  # there is one process per core already
         missing = 0
         for packet in container.demux(stream):
@@ -650,6 +655,14 @@ def _video_images(path, size):
         # In other containers than MP4 a packet may rightly hold no frame that is shown.
         if missing > 0 and "mp4" in container.format.name:
             raise ValueError(f"has {missing} frames that cannot be decoded")
+
+
+def _packets(path):
+    """How many packets of a video file FFmpeg can find, those that the file's edit list leaves out among them."""
+    import av
+
+    with av.open(str(path), options={"ignore_editlist": "1"}) as container:
+        return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
 
 
 def _matroska_is_cut_off(path):
@@ -738,7 +751,7 @@ def _write_packed(out, size, videos, count, skipped, job):
     out = Path(out)
     index_path = out.with_suffix(".json")
     partial, index_partial = (path.with_name(f".{path.name}.partial") for path in (out, index_path))
-    journal = out.with_name(f".{out.name}.journal")
+    journal, records = out.with_name(f".{out.name}.journal"), []
     if out.suffix != ".npy":
         raise DataError(f"--out {out}: expected a name that ends in .npy")
     try:
@@ -791,9 +804,10 @@ def _write_packed(out, size, videos, count, skipped, job):
                 os.replace(index_partial, index_path)
                 os.replace(partial, out)
                 journal.unlink(missing_ok=True)
-            except DataError:
-                for file in (partial, index_partial, journal):
-                    file.unlink(missing_ok=True)
+            except BaseException as error:
+                if isinstance(error, DataError) or not records:  # nothing to go on with
+                    for file in (partial, index_partial, journal):
+                        file.unlink(missing_ok=True)
                 raise
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from None
@@ -874,6 +888,8 @@ def main():
             pack(args.source, args.out, args.size, args.workers, args.min_frames)
     except (DataError, OSError) as error:
         sys.exit("data.py: " + " ".join(str(error).splitlines()))  # names of files may have several
+    except MemoryError:
+        sys.exit(f"data.py: out of memory with --size {args.size} and {args.frames} frames; try fewer")
     except KeyboardInterrupt:
         print("data.py: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

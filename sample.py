@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def non_negative_int(text):
-    if not text.isdigit() or int(text) >= 2 ** 63:
+    if not text.isdigit() or int(text) >= 2 ** 31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on, or too large")
     return int(text)
 
@@ -128,8 +128,6 @@ def parse_checkpoint(content, path):
     wrong = [name for name, kind in expected.items() if not isinstance(ckpt.get(name), kind)]
     wrong = wrong or [f"config.{name}" for name in ("frames", "size", "diffusion_steps", "ema_decay")
                       if not (isinstance(ckpt["config"].get(name), (int, float)) and ckpt["config"][name] > 0)]
-    if not wrong and any(not isinstance(values, list) or len(values) != 2 for values in ckpt["interval"]):
-        wrong = ["losses and gradient norms"]
     if wrong:
         raise CheckpointError(f"{path} is no checkpoint of train.py: it lacks {', '.join(wrong)}")
     return ckpt

@@ -866,6 +866,8 @@ def test_a_missing_last_grid_is_drawn_when_asked_again(run_train, tmp_path, caps
 def test_a_non_finite_loss_stops_before_the_checkpoint(run_train, tmp_path, monkeypatch):
     run_train("--steps", 2, "--out", tmp_path)
     before = (tmp_path / "ckpt.pt").read_bytes()
+    with pytest.raises(train.NotFinite, match="step 3: .*norm of the weights (inf|nan) at --lr 1e[+]30 "):
+        run_train("--steps", 4, "--out", tmp_path, "--lr", 1e30)  # the loss itself is finite at first
     loss = Diffusion.loss
 
     def poisoned(self, net, x_0, t, noise, kind):
@@ -1023,6 +1025,23 @@ def test_contradictory_flags_are_refused_in_one_line(flags, line, capsys):
         train.parse_args(flags.split())
     error = capsys.readouterr().err
     assert re.match(f"train.py: {line}", error) and len(error.splitlines()) == 1
+
+
+def test_every_flag_of_training_refuses_what_it_cannot_take(capsys):
+    wrong = {train.positive_int: "0 -1 1.5 x nan 99999999999", train.non_negative_int: "-1 1.5 x 99999999999 \u00b2",
+             train.positive_float: "0 -1e-3 x nan inf", train.fraction: "0 1 -1 x nan inf", int: "-1 3 x 1.5"}
+    for action in train.make_parser()._actions:
+        values = "lstm -1" if action.choices and action.type is None else wrong.get(action.type, "")
+        for value in values.split():
+            with pytest.raises(SystemExit):
+                train.parse_args([f"{action.option_strings[0]}={value}"])
+            error = capsys.readouterr().err
+            assert re.match(f"train.py: argument {action.option_strings[0]}: .*{re.escape(value)}", error), error
+            assert len(error.splitlines()) == 1
+        if action.nargs != 0 and action.option_strings != ["-h", "--help"]:  # nothing after it
+            with pytest.raises(SystemExit):
+                train.parse_args([action.option_strings[0]])
+            assert "expected" in capsys.readouterr().err
 
 
 def test_a_preset_never_contradicts():
@@ -1229,16 +1248,36 @@ def test_a_checkpoint_never_runs_code(tmp_path, monkeypatch):
     ("train", "--device gpu", "--device gpu: expected cpu"), ("train", "--device mps", "mps"),
     ("train", "--preset tiny --temporal attention --head-dim 7", "head_dim is 7"),
     ("train", "--seed 99999999999999999999", "too large"),
-    ("train", "--out file", "file"), ("train", "--device cuda:77", "cuda:77"), ("train", "--nonsense", "--nonsense"),
+    ("train", "--out file", "file"), ("train", "--frames 999999999", "--frames 999999999 .*64 GB"),
+    ("train", "--frames 2147483648", "too large"), ("train", "--split val", "val"),
+    ("train", "--data short.npy --frames 6 --split test", "split 'test': short.npy has no such videos"),
+    ("train", "--data short.npy --size 8 --frames 6 --batch-size 3 --grad-accum 4", "--grad-accum 4 = 4"),
+    ("train", "--data code.pt", "code.pt.*refused|refused.*code"), ("train", "--data other.pt", "other.pt"),
+    ("train", "--channel-mults", "expected at least one"), ("train", "--mlp-layers 3", "3"), ("train", "--device cuda:77", "cuda:77"), ("train", "--nonsense", "--nonsense"),
     ("sample", "--ckpt missing.pt", "missing.pt cannot be read"), ("sample", "", "no ckpt.pt under"),
     ("sample", "--ckpt text.mp4", "text.mp4 is damaged or no checkpoint"), ("sample", "--num 0", "'0'"),
     ("sample", "--ckpt code.pt", "code.pt is refused"), ("sample", "--ckpt other.pt", "lacks config"),
     ("sample", "--ckpt short.npy", "short.npy"), ("sample", "--weights best", "best"),
+    ("sample", "--ckpt empty", "empty cannot be read: Is a directory"), ("sample", "--seed -1", "'-1'"),
+    ("sample", "--frames 0", "'0'"), ("sample", "--size x", "'x'"), ("sample", "--batch-size 0", "'0'"),
+    ("sample", "--device tpu", "--device tpu: expected cpu"), ("sample", "--precision fp8", "fp8"),
+    ("sample", "--num", "expected one argument"), ("sample", "extra", "extra"),
     ("data", "empty --size 8 --out x.npy", "empty holds no videos"),
     ("data", "missing --size 8 --out x.npy", "missing"),
     ("data", "text.mp4 --size 8 --out x.npy", "none of the 1 videos is usable"),
     ("data", "empty --size 0 --out x.npy", "--size 0"), ("data", "empty --size x --out x.npy", "'x'"),
     ("data", "maze --size 8 --seed -1 --out x.npy", "--seed -1"), ("data", "maze --size 8 --out x.txt", "x.txt"),
+    ("data", "maze --size 1000000 --out x.npy", "--size 1000000: .*more than 64 GB"),
+    ("data", "maze --size 8 --frames 999999999999999 --out x.npy", "--frames 999999999999999 .*64 GB"),
+    ("data", "maze --size 7 --out x.npy", "--size 7"), ("data", "maze --size 8 --num 0 --out x.npy", "--num 0"),
+    ("data", "maze --size 8 --frames 0 --out x.npy", "--frames 0"), ("data", "maze --out x.npy", "--size"),
+    ("data", "maze --size 8", "--out"), ("data", "maze --size 8 --out file/x.npy", "file/x.npy cannot be written"),
+    ("data", "maze --size 8 --out short.npy", "short.npy exists already"), ("data", "", "source"),
+    ("data", "short.npy --size 999999999 --out x.npy", "--size 999999999"),
+    ("data", "short.npy --size 8 --min-frames 7 --out x.npy", "has 6 frames, fewer than 7"),
+    ("data", "short.npy --size 8 --workers 0 --out x.npy", "--workers 0"),
+    ("data", "short.npy --size 8 --min-frames 0 --out x.npy", "--min-frames 0"),
+    ("data", "empty --size 8 --min-frames x --out x.npy", "'x'"), ("data", "empty --size 8 --out x.npy --fps 3", "--fps"),
 ])
 def test_bad_input_is_one_line(script, flags, words, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)

@@ -464,11 +464,13 @@ def sampled_fvd(net, i3d, diffusion, videos, args, rank, world_size):
     return fvd.distance(real.gather(), fake.gather())
 
 
-def check_finite(pending, first_step, args):
-    """pending: (n, 2) losses and gradient norms of the steps from first_step on. Raises NotFinite."""
+def check_finite(pending, first_step, weights_norm, args):
+    """pending: (n, 2) losses and gradient norms of the steps from first_step on, after which the weights have the norm
+    weights_norm. Raises NotFinite."""
     for i, (loss, grad_norm) in enumerate(pending):
-        if not math.isfinite(loss + grad_norm):
-            raise NotFinite(f"step {first_step + i}: loss {loss}, gradient norm {grad_norm} at --lr {args.lr} "
+        weights = "" if math.isfinite(weights_norm) or i < len(pending) - 1 else f", norm of the weights {weights_norm}"
+        if weights or not math.isfinite(loss + grad_norm):
+            raise NotFinite(f"step {first_step + i}: loss {loss}, gradient norm {grad_norm}{weights} at --lr {args.lr} "
                             f"--precision {args.precision}; checkpoint and EMA are as before. Try a lower --lr, "
                             "--grad-clip 1, or --precision float32")
 
@@ -575,13 +577,16 @@ def train(args):
         try:
             net.load_state_dict(ckpt["model"])
             ema.load_state_dict(ckpt["ema"])
-            optimizer.load_state_dict(ckpt["optimizer"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            # into tensors of the right shape: the fused kernels would read beyond the end of others
+            state = {i: {name: torch.empty(shape).copy_(ckpt["optimizer"]["state"][i][name].view(shape))
+                         for name, shape in (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape))}
+                     for i, p in enumerate(net.parameters())}
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            interval = [[float(loss), float(grad_norm)] for loss, grad_norm in ckpt["interval"]]
+        except Exception as error:  # torch raises all sorts for what is not its own
             raise CheckpointError(f"the checkpoint in {args.out} does not fit this network "
                                   f"({' '.join(str(error).split())[:200]}); choose another --out") from None
-        optimizer.param_groups[0]["lr"] = args.lr
-        interval = ckpt["interval"]
-        del ckpt
+        del ckpt, state
 
     def samples_due(step):
         return args.grid_samples and step > 0 and (step % args.sample_every == 0 or step == args.steps)
@@ -690,7 +695,8 @@ def train(args):
         if world_size > 1:
             dist.all_reduce(values)  # the gradient norm is the same on all of them
             values /= world_size
-        check_finite(values.tolist(), step - len(pending) + 1, args)
+        weights_norm = torch.stack(torch._foreach_norm(parameters)).norm().item()
+        check_finite(values.tolist(), step - len(pending) + 1, weights_norm, args)
         interval += values.tolist()
         pending = []
         next_update = math.ceil(step / args.ema_every) * args.ema_every
