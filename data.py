@@ -39,9 +39,11 @@ import os
 import pickle
 import re
 import signal
+import stat
 import struct
 import sys
 import threading
+import warnings
 import zlib
 from pathlib import Path
 
@@ -282,7 +284,8 @@ def open_videos(path, frames, size, split="train"):
     found, _ = _find_videos(path)
     digest = _digest(str(path.resolve()), size, *_stamps(found))[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssm-video-diffusion"
-    packed = cache / f"{path.resolve().name[:100]}-{size}-{digest}.npy"
+    name = path.resolve().name.encode(errors="ignore")[:100].decode(errors="ignore")  # file systems count bytes
+    packed = cache / f"{name}-{size}-{digest}.npy"
     if not packed.exists():
         print(f"packing {path} at {size}x{size}, once, into {packed}")
         pack(path, packed, size)
@@ -373,6 +376,8 @@ def _open_array(path):
 def _read_index(path):
     """The index in a .json file: a dictionary with "size" and "videos". Raises DataError if it is anything else."""
     try:
+        if not path.is_file():
+            raise ValueError("it is not a regular file")
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not a readable index of packed videos: {_one_line(error)}") from None
@@ -565,6 +570,9 @@ def decode(path, size):
     Frames are resized as they are decoded: a long HD video is never in memory at its full size.
     """
     path = Path(path).absolute()  # else FFmpeg takes what stands before a colon for a protocol
+    for file in _frame_files(path) if path.is_dir() else [path]:
+        if not stat.S_ISREG(file.stat().st_mode):  # reading a pipe would wait for ever
+            raise ValueError(f"{file.name} is not a regular file")
     if path.is_dir():
         images = _picture_images(path)
     elif path.suffix.lower() == ".npy":
@@ -588,9 +596,13 @@ def decode(path, size):
 def _read_tensor(path):
     """The uint8 (frames, h, w, 3) tensor in a file of torch.save as an array; never runs code from it."""
     try:
-        video = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about what it then refuses
+            video = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError("is refused: it holds more than a tensor, code perhaps") from None
+    except Exception as error:  # torch raises all sorts for a damaged file
+        raise ValueError(f"is damaged, or no file of torch.save ({type(error).__name__})") from None
     if not isinstance(video, torch.Tensor):
         raise ValueError(f"holds a {type(video).__name__}; expected a uint8 tensor (frames, height, width, 3)")
     if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
@@ -608,6 +620,8 @@ def _picture_images(folder):
 
 def _animation_images(path):
     with Image.open(path) as image:  # Pillow puts partial frames on top of those before
+        if image.format == "GIF" and path.read_bytes().rstrip(b"\0")[-1:] != b";":  # Pillow would not mind
+            raise ValueError("is cut off")
         yield from ImageSequence.Iterator(image)
 
 
@@ -615,20 +629,59 @@ def _video_images(path, size):
     import av  # here, so that everything but decoding works without it
 
     av.logging.set_level(av.logging.PANIC)  # what FFmpeg has to say about a bad file comes as an exception
+    if _matroska_is_cut_off(path):
+        raise ValueError("is cut off")
     with av.open(str(path)) as container:
         if not container.streams.video or container.streams.video[0].codec_context is None:
             raise ValueError("has no video stream that can be decoded")
         stream = container.streams.video[0]
+        if "mp4" in container.format.name and _packets(path) < stream.frames:
+            raise ValueError(f"lacks some of its {stream.frames} frames")
         stream.codec_context.thread_count = 1  # there is one process per core already
+        missing = 0
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 raise ValueError("is cut off or damaged")
+            missing += packet.size > 0 and not packet.is_discard
             for frame in packet.decode():
+                if frame.is_corrupt:  # FFmpeg has made up what it could not decode
+                    raise ValueError("has damaged frames")
+                missing -= 1
                 # Down to twice the size while converting to RGB: five times faster for HD. `decode` does the rest.
                 scale = min(1, 2 * size / min(frame.width, frame.height))
                 width, height = round(frame.width * scale), round(frame.height * scale)
                 image = frame.reformat(width, height, "rgb24", interpolation="AREA").to_image()
                 yield image.rotate(round(frame.rotation / 90) * 90, expand=True)
+        # In other containers than MP4 a packet may rightly hold no frame that is shown.
+        if missing > 0 and "mp4" in container.format.name:
+            raise ValueError(f"has {missing} frames that cannot be decoded")
+
+
+def _packets(path):
+    """How many packets of a video file FFmpeg can find, those that the file's edit list leaves out among them."""
+    import av
+
+    with av.open(str(path), options={"ignore_editlist": "1"}) as container:
+        return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
+
+
+def _matroska_is_cut_off(path):
+    """Whether a .mkv or .webm file ends before its one large element, the segment, does: FFmpeg would not mind."""
+
+    def size_at(position):  # RFC 8794: the leading zeros of the first byte tell the length -> (size, where it ends)
+        width = 9 - data[position].bit_length()
+        size = int.from_bytes(data[position:position + width], "big") & (1 << 7 * width) - 1
+        return 0 if size == (1 << 7 * width) - 1 else size, position + width    # all ones: unknown, a live recording
+
+    with open(path, "rb") as file:
+        data = file.read(100).ljust(100, b"\1")
+    if not data.startswith(b"\x1a\x45\xdf\xa3"):
+        return False
+    size, end = size_at(4)
+    if data[end + size:end + size + 4] != b"\x18\x53\x80\x67":
+        return False
+    size, end = size_at(end + size + 4)
+    return end + size > path.stat().st_size
 
 
 def _decode_or_reason(path, size):
@@ -826,14 +879,15 @@ def main():
     maze.add_argument("--frames", type=int, default=500, help="frames per walk (default: 500)")
     maze.add_argument("--num", type=int, default=100, help="number of walks (default: 100)")
     maze.add_argument("--seed", type=int, default=0, help="another seed, other walks (default: 0)")
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no characters
     args = parser.parse_args()
     try:
         if args.source == "maze":
             _pack_mazes(args.out, args.size, args.frames, args.num, args.seed)
         else:
             pack(args.source, args.out, args.size, args.workers, args.min_frames)
-    except DataError as error:
-        sys.exit(f"data.py: {error}")
+    except (DataError, OSError) as error:
+        sys.exit("data.py: " + " ".join(str(error).splitlines()))  # names of files may have several
     except MemoryError:
         sys.exit(f"data.py: out of memory with --size {args.size} and {args.frames} frames; try fewer")
     except KeyboardInterrupt:

@@ -183,6 +183,8 @@ def load_i3d(path, device="cpu"):
 
 def read_bytes(path):
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("it is not a regular file")  # a pipe would be waited for for ever
         return Path(path).read_bytes()
     except OSError as error:
         raise FVDError(f"{path} cannot be read ({error.strerror or error}); expected I3D weights: get "
@@ -207,7 +209,10 @@ def parse_i3d(content, path):
     if wrong:
         raise FVDError(f"{path} is no I3D with {CLASSES} classes, such as i3d_pretrained_400.pt: {str(wrong[0])[:100]} "
                        f"has shape {given.get(wrong[0])}, expected {expected.get(wrong[0])} ({len(wrong)} differences)")
-    net.load_state_dict(weights, strict=False)
+    try:
+        net.load_state_dict(weights, strict=False)
+    except Exception as error:  # the right shapes, but sparse, without data, no tensors, ...
+        raise FVDError(f"{path} is no I3D: {' '.join(str(error).split())[:200]}") from None
     return net.eval().requires_grad_(False)
 
 
@@ -389,6 +394,8 @@ def read_videos(path, size=None):
     if path.is_dir():
         path = pack_folder(path, size)
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")  # a pipe would be waited for for ever
         array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it knows neither pickles nor archives
     except Exception as error:  # a damaged header makes numpy raise all kinds of them
         raise FVDError(f"{path} is no readable .npy file ({' '.join(str(error).split())[:200]}); expected uint8 (n, "
@@ -400,13 +407,15 @@ def read_videos(path, size=None):
     index_path = path.with_suffix(".json")
     if index_path.exists():
         try:
+            if not index_path.is_file():
+                raise ValueError
             videos = json.loads(index_path.read_text(encoding="utf-8"))["videos"]
             starts, lengths = (np.array([video[key] for video in videos], np.int64) for key in ("start", "length"))
             splits = np.array([video["split"] for video in videos])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise FVDError(f"{index_path} is no index of packed videos, but its name says so: move it away") from None
-        if array.ndim != 4 or (lengths < 1).any() or starts.tolist() != (np.cumsum(lengths) - lengths).tolist() \
-                or lengths.sum() != len(array):
+        if array.ndim != 4 or (lengths < 1).any() or (lengths > len(array)).any() or lengths.sum() != len(array) \
+                or starts.tolist() != (np.cumsum(lengths) - lengths).tolist():
             raise FVDError(f"{index_path} describes {lengths.sum()} frames, but {path} holds {array.shape}; pack again")
     else:
         count, length = array.shape[:2] if array.ndim == 5 else (1, len(array))
@@ -508,10 +517,11 @@ def features_of(net, clips, settings, cache, name):
 def read_features(path, n):
     """The features in a file, or None if it is not there, or damaged."""
     try:
-        features = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        features = np.array(np.lib.format.open_memmap(path, mode="r"))
+    except Exception:  # as in `read_videos`
         return None
-    return features if features.shape == (n, CLASSES) and features.dtype == np.float32 else None
+    right = features.shape == (n, CLASSES) and features.dtype == np.float32 and np.isfinite(features).all()
+    return features if right else None
 
 
 def write_features(path, features):
@@ -775,7 +785,7 @@ def check(net, settings, cache, rank):
 def read_json(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -853,6 +863,7 @@ def main():
 
 def run(command):
     """Run the command: what a person did wrong is one line and a non-zero exit, not a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no characters
     try:
         status = command()
         if dist.is_initialized():  # not after an error: it would wait for the other processes
@@ -872,7 +883,7 @@ def run(command):
         if int(os.environ.get("LOCAL_RANK", 0)):  # the first process of each machine says it for all
             sys.exit(1)
         message = str(error)
-    sys.exit(f"fvd.py: {message}")
+    sys.exit("fvd.py: " + " ".join(message.splitlines()))  # names of files may have several
 
 
 if __name__ == "__main__":

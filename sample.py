@@ -22,6 +22,7 @@ import pickle
 import re
 import shutil
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,8 @@ def load_checkpoint(path):
 
 
 def read_bytes(path):
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for for ever
+        raise CheckpointError(f"{path} cannot be read: it is not a regular file")
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -109,6 +112,9 @@ def read_bytes(path):
 
 def parse_checkpoint(content, path):
     try:
+        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch does not look at the check sums in there
+        if damaged:
+            raise zipfile.BadZipFile
         ckpt = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} is refused: it holds more than tensors and settings, code perhaps") from None
@@ -120,8 +126,10 @@ def parse_checkpoint(content, path):
     if not isinstance(ckpt, dict):
         ckpt = {}
     wrong = [name for name, kind in expected.items() if not isinstance(ckpt.get(name), kind)]
-    if wrong or not {"frames", "size", "diffusion_steps"} <= ckpt["config"].keys():
-        raise CheckpointError(f"{path} is no checkpoint of train.py: it lacks {', '.join(wrong or ['settings'])}")
+    wrong = wrong or [f"config.{name}" for name in ("frames", "size", "diffusion_steps", "ema_decay")
+                      if not (isinstance(ckpt["config"].get(name), (int, float)) and ckpt["config"][name] > 0)]
+    if wrong:
+        raise CheckpointError(f"{path} is no checkpoint of train.py: it lacks {', '.join(wrong)}")
     return ckpt
 
 
@@ -140,7 +148,7 @@ def load_network(ckpt, weights, device):
     try:
         net = UNet3D(UNetConfig(**ckpt["unet"]))
         net.load_state_dict(ckpt[weights])
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+    except Exception as error:  # settings that no network has fail in all sorts of ways
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"the checkpoint does not fit this network: {reason}") from None
     return net.to(device).eval().requires_grad_(False)
@@ -279,7 +287,7 @@ def main():
     batch_size = args.batch_size
     if about.exists():
         recorded = None
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             recorded = json.loads(about.read_text(errors="replace"))
         # the same batches as before, unless others are asked for
         before = recorded.pop("batch_size", None) if isinstance(recorded, dict) else None
@@ -319,7 +327,7 @@ def main():
     # The processes take batches in turn. A batch that was stopped in the middle is drawn again whole, so that its sums
     # are rounded as they would have been.
     batches = [range(first, min(first + batch_size, args.num)) for first in range(0, args.num, batch_size)]
-    mine = [batch for batch in batches[rank::world_size] if not all(parts[i].exists() for i in batch)]
+    mine = [batch for batch in batches[rank::world_size] if not all(is_whole(parts[i], shape) for i in batch)]
     if args.compile:
         # fixed shapes: the last batch, if smaller, is compiled too
         net = torch.compile(net, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
@@ -362,6 +370,15 @@ def join_processes(backend, hours):
                             timeout=datetime.timedelta(hours=hours))
 
 
+def is_whole(part, shape):
+    """Whether a file holds a video of `shape` (c, f, h, w) as it should."""
+    try:
+        video = np.lib.format.open_memmap(part, mode="r")  # unlike np.load, it knows neither pickles nor archives
+    except Exception:  # it is not there; or a damaged header makes numpy raise all kinds of them
+        return False
+    return video.shape == (*shape[1:], shape[0]) and video.dtype == np.uint8
+
+
 def agree(request):
     """Raises ValueError unless all processes are to draw the same: a checkpoint may change while they start."""
     digest = hashlib.sha256(json.dumps(request).encode()).digest()
@@ -383,6 +400,7 @@ def write_array(path, shape, arrays):
 
 def run(name, main):
     """Run a script's main function: what a person did wrong is one line and a non-zero exit, not a traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold bytes that are no characters
     try:
         main()
     except KeyboardInterrupt:
@@ -395,7 +413,7 @@ def run(name, main):
     except (MemoryError, RuntimeError) as error:
         if re.search("Connection (reset|closed) by peer", str(error)):
             message = "another process of this run has ended; give the same command again to go on"
-        elif isinstance(error, MemoryError) or re.search("can't allocate memory|size calculation overflowed", str(error)):
+        elif isinstance(error, MemoryError) or re.search("can't allocate memory|overflowed", str(error)):
             message = "out of memory; try a smaller --batch-size, --frames or --size"
         else:
             raise
@@ -405,7 +423,7 @@ def run(name, main):
         message = str(error)
     else:
         return
-    sys.exit(f"{name}: {message}")
+    sys.exit(f"{name}: " + " ".join(message.splitlines()))  # names of files may have several
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ def take_folder(out):
         raise OSError(f"--out {out} cannot be used ({error.strerror}); choose another folder") from None
     config = out / "config.json"
     if config.exists():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
             if {"temporal", "frames"} <= set(json.loads(config.read_text(errors="replace"))):
                 return lock
         raise ValueError(f"--out {out} has a config.json that is not a run's; choose another folder")
@@ -344,7 +344,7 @@ def trim_log(path, step):
     if path.exists():
         lines = []
         for line in path.read_text(errors="replace").splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a killed run may be cut off
+            with contextlib.suppress(ValueError, RecursionError):  # the last line of a killed run may be cut off
                 record = json.loads(line)
                 if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
                     lines.append(line + "\n")
@@ -577,13 +577,16 @@ def train(args):
         try:
             net.load_state_dict(ckpt["model"])
             ema.load_state_dict(ckpt["ema"])
-            optimizer.load_state_dict(ckpt["optimizer"])
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            # into tensors of the right shape: the fused kernels would read beyond the end of others
+            state = {i: {name: torch.empty(shape).copy_(ckpt["optimizer"]["state"][i][name].view(shape))
+                         for name, shape in (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape))}
+                     for i, p in enumerate(net.parameters())}
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            interval = [[float(loss), float(grad_norm)] for loss, grad_norm in ckpt["interval"]]
+        except Exception as error:  # torch raises all sorts for what is not its own
             raise CheckpointError(f"the checkpoint in {args.out} does not fit this network "
                                   f"({' '.join(str(error).split())[:200]}); choose another --out") from None
-        optimizer.param_groups[0]["lr"] = args.lr
-        interval = ckpt["interval"]
-        del ckpt
+        del ckpt, state
 
     def samples_due(step):
         return args.grid_samples and step > 0 and (step % args.sample_every == 0 or step == args.steps)
