@@ -183,8 +183,8 @@ def load_i3d(path, device="cpu"):
 
 def read_bytes(path):
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise OSError("it is not a regular file")  # a pipe would be waited for for ever
+        if Path(path).is_fifo() or Path(path).is_char_device():
+            raise OSError("it is not a regular file")  # they may never end
         return Path(path).read_bytes()
     except OSError as error:
         raise FVDError(f"{path} cannot be read ({error.strerror or error}); expected I3D weights: get "
@@ -395,7 +395,7 @@ def read_videos(path, size=None):
         path = pack_folder(path, size)
     try:
         if path.exists() and not path.is_file():
-            raise ValueError("it is not a regular file")  # a pipe would be waited for for ever
+            raise ValueError("it is not a regular file")  # a pipe may never end
         array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it knows neither pickles nor archives
     except Exception as error:  # a damaged header makes numpy raise all kinds of them
         raise FVDError(f"{path} is no readable .npy file ({' '.join(str(error).split())[:200]}); expected uint8 (n, "
@@ -411,7 +411,7 @@ def read_videos(path, size=None):
                 raise ValueError
             videos = json.loads(index_path.read_text(encoding="utf-8"))["videos"]
             starts, lengths = (np.array([video[key] for video in videos], np.int64) for key in ("start", "length"))
-            splits = np.array([video["split"] for video in videos])
+            splits = np.array([str(video["split"]) for video in videos])
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise FVDError(f"{index_path} is no index of packed videos, but its name says so: move it away") from None
         if array.ndim != 4 or (lengths < 1).any() or (lengths > len(array)).any() or lengths.sum() != len(array) \
@@ -712,7 +712,7 @@ def parse_args():
     parser.add_argument("--real", type=Path, help=".npy of uint8 (n, frames, h, w, 3), packed file, folder of videos")
     parser.add_argument("--fake", type=Path, help="generated videos: the same, such as the .npy that sample.py writes")
     parser.add_argument("--i3d", help="i3d_pretrained_400.pt, or the word download")
-    parser.add_argument("--i3d-torchscript", type=Path, help="StyleGAN-V's i3d_torchscript.pt instead; it runs code")
+    parser.add_argument("--i3d-torchscript", type=Path, help="StyleGAN-V's i3d_torchscript.pt; it runs code")
     parser.add_argument("--check", action="store_true", help="only compute the published constants with these weights")
     group = parser.add_argument_group("which clips")
     group.add_argument("--protocol", choices=("paper", "2048"), help="paper: 10,000 generated against all real videos "

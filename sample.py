@@ -102,7 +102,7 @@ def load_checkpoint(path):
 
 
 def read_bytes(path):
-    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for for ever
+    if Path(path).is_fifo() or Path(path).is_char_device():  # they may never end
         raise CheckpointError(f"{path} cannot be read: it is not a regular file")
     try:
         return Path(path).read_bytes()

@@ -1,5 +1,6 @@
 """The tests, on the CPU, without a network: python -m pytest -q test_all.py"""
 import contextlib
+import copy
 import http.server
 import importlib.util
 import io
@@ -11,6 +12,7 @@ import pickle
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -1287,12 +1289,110 @@ class Code:
         return os.mkdir, ("executed",)
 
 
-def test_a_checkpoint_never_runs_code(tmp_path, monkeypatch):
+def save_objects(content, path):
+    with open(path, "wb") as file:  # np.save would append .npy
+        np.save(file, np.array([content, None]), allow_pickle=True)
+
+
+@pytest.mark.parametrize("save", [
+    torch.save, lambda content, path: torch.save({"model": content}, path, _use_new_zipfile_serialization=False),
+    lambda content, path: path.write_bytes(pickle.dumps(content)), save_objects])
+def test_no_file_that_is_loaded_runs_code(save, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"step": Code()}, "ckpt.pt")
-    with pytest.raises(sample.CheckpointError, match="refused"):
-        sample.load_checkpoint("ckpt.pt")
-    assert not Path("executed").exists()
+    pickle.loads(pickle.dumps(Code()))
+    Path("executed").rmdir()  # so it would work
+    for name, load in [
+            ("ckpt.pt", sample.load_checkpoint), ("ckpt.pt", lambda path: train.load_newest(Path())),
+            ("ckpt_previous.pt", lambda path: train.load_newest(Path())), ("weights.pt", fvd.load_i3d),
+            ("config.json", lambda path: train.take_folder(Path())), ("log.jsonl", lambda path: train.trim_log(path, 9)),
+            ("video.pt", lambda path: data.decode(path, 8)), ("video.npy", lambda path: data.decode(path, 8)),
+            ("packed.npy", lambda path: data.open_videos(path, 2, 8)), ("packed.npy", fvd.read_videos),
+            ("index.json", lambda path: data.open_videos(write_npy(tmp_path / "index.npy", 6), 2, 8)),
+            ("index.json", lambda path: fvd.read_videos("index.npy")), ("samples.npy.json", fvd.read_json),
+            ("part.npy", lambda path: sample.is_whole(path, (3, 2, 8, 8))),
+            ("features.npy", lambda path: fvd.read_features(path, 2)),
+            ("journal", lambda path: data._finished(open("array", "w+b"), path, "job", 8))]:
+        save(Code(), Path(name))
+        with contextlib.suppress(data.DataError, fvd.FVDError, ValueError):
+            assert not load(Path(name)), name
+        assert not Path("executed").exists(), name
+        Path(name).unlink(missing_ok=True)
+
+
+def test_a_checkpoint_with_foreign_contents_is_refused(run_train, tmp_path):
+    flags = ["--out", tmp_path, "--grid-samples", 0, "--eval-clips", 0]
+    run_train("--steps", 1, *flags)
+    path, original = tmp_path / "ckpt.pt", sample.load_checkpoint(tmp_path / "ckpt.pt")
+    for where, value, words in [
+            (("optimizer", "state", 0, "exp_avg"), torch.zeros(1), "does not fit"),  # would be read beyond its end
+            (("interval",), [1], "does not fit"), (("model", 5), torch.zeros(1), "does not fit"),
+            (("config", "frames"), "x", "lacks config.frames"), (("unet",), None, "lacks unet")]:
+        content = copy.deepcopy(original)
+        part = content
+        for name in where[:-1]:
+            part = part[name]
+        part[where[-1]] = value
+        torch.save(content, path)
+        with pytest.raises(sample.CheckpointError, match=words) as refused:
+            run_train("--steps", 2, *flags)
+        assert len(str(refused.value).splitlines()) == 1
+    original["unet"]["base_channels"] = -8
+    with pytest.raises(sample.CheckpointError, match="does not fit"):
+        sample.load_network(original, "ema", "cpu")
+
+
+def mutated(content, rng):
+    """Bytes with a few bits flipped, or a piece cut out, zeroed, doubled or put in; more often near either end."""
+    content = bytearray(content)
+    for _ in range(rng.integers(1, 4)):
+        place = min(int(len(content) * rng.random() ** 3), len(content) - 1)
+        place = place if rng.random() < 0.7 else len(content) - 1 - place
+        piece, kind = slice(place, place + int(rng.choice([1, 4, 30, 300]))), rng.integers(6)
+        if kind < 2:
+            content[place] ^= 1 << int(rng.integers(8))
+        else:
+            old = content[piece]
+            content[piece] = (b"", bytes(len(old)), old + old, rng.bytes(len(old)))[kind - 2]
+    return bytes(content) or b"\0"
+
+
+def test_damaged_files_are_refused_or_read_whole(run_train, three_videos, tmp_path):
+    """A few of the mutations; whatever is accepted has the form that it should have."""
+    run_train("--steps", 1, "--out", tmp_path, "--grid-samples", 0, "--eval-clips", 0)
+    mp4 = write_mp4(tmp_path / "video.mp4", 12, colour_of=noise)
+    tensor = tmp_path / "video.pt"
+    torch.save(torch.randint(256, (12, 8, 8, 3), dtype=torch.uint8), tensor)
+    ckpt, whole = tmp_path / "ckpt.pt", sample.load_checkpoint(tmp_path / "ckpt.pt")
+
+    def read_packed(path):
+        assert data.open_videos(three_videos, 4, 8).clip(1).shape == (4, 8, 8, 3)
+        assert len({len(part) for part in fvd.read_videos(three_videos)[2:]}) == 1
+
+    def read_video(path):
+        video, reason = data._decode_or_reason(path, 8)
+        if video is None:
+            raise data.DataError(reason)
+        assert video.shape[1:] == (8, 8, 3) and (len(video) == 12 or b"elst" in path.read_bytes())
+
+    for path, read, number in [(three_videos, read_packed, 30), (three_videos.with_suffix(".json"), read_packed, 30),
+                               (mp4, read_video, 40), (tensor, read_video, 30),
+                               (ckpt, lambda path: assert_same(sample.load_checkpoint(path), whole), 30)]:
+        content, refused = path.read_bytes(), 0
+        for seed in range(number):
+            path.write_bytes(mutated(content, np.random.default_rng(seed)))
+            try:
+                read(path)
+            except (data.DataError, fvd.FVDError, sample.CheckpointError) as error:
+                assert len(str(error).splitlines()) == 1
+                refused += 1
+        assert refused > number // 4
+        path.write_bytes(content)
+        read(path)
+    flipped = bytearray(ckpt.read_bytes())  # in a weight, where torch would not notice
+    flipped[flipped.index(max(whole["model"].values(), key=torch.numel).numpy().tobytes())] ^= 1
+    ckpt.write_bytes(flipped)
+    with pytest.raises(sample.CheckpointError, match="damaged"):
+        sample.load_checkpoint(ckpt)
 
 
 @pytest.mark.parametrize("script, flags, words", [
@@ -1313,7 +1413,8 @@ def test_a_checkpoint_never_runs_code(tmp_path, monkeypatch):
     ("train", "--data short.npy --frames 6 --split test", "split 'test': short.npy has no such videos"),
     ("train", "--data short.npy --size 8 --frames 6 --batch-size 3 --grad-accum 4", "--grad-accum 4 = 4"),
     ("train", "--data code.pt", "code.pt.*refused|refused.*code"), ("train", "--data other.pt", "other.pt"),
-    ("train", "--channel-mults", "expected at least one"), ("train", "--mlp-layers 3", "3"), ("train", "--device cuda:77", "cuda:77"), ("train", "--nonsense", "--nonsense"),
+    ("train", "--channel-mults", "expected at least one"), ("train", "--mlp-layers 3", "3"),
+    ("train", "--device cuda:77", "cuda:77"), ("train", "--nonsense", "--nonsense"),
     ("sample", "--ckpt missing.pt", "missing.pt cannot be read"), ("sample", "", "no ckpt.pt under"),
     ("sample", "--ckpt text.mp4", "text.mp4 is damaged or no checkpoint"), ("sample", "--num 0", "'0'"),
     ("sample", "--ckpt code.pt", "code.pt is refused"), ("sample", "--ckpt other.pt", "lacks config"),
@@ -1640,9 +1741,137 @@ def test_pack_does_not_depend_on_workers_and_replaces_leftovers(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["one.json", "one.npy", "source", "two.json", "two.npy"]
 
 
-def crash_on_b(path, size):
+def encode(path, frames=6, codec="ffv1", pixels="yuv420p", height=12, width=20, times=None):
+    """A video whose frame i is one grey level, 40 + 20 i, at the given times (none: one after another)."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        container.start_encoding()
+        for i in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), 40 + 20 * (i % 6), np.uint8), format="rgb24")
+            frame = frame.reformat(format=pixels)
+            frame.pts = times[i] if times else i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def odd_videos(folder):
+    """Unusual but good videos, whose frames are those of `encode`."""
+    encode(folder / "10 bits.mp4", codec="libx264", pixels="yuv420p10le")
+    for pixels in ("gray", "gray16le", "yuva420p", "gbrp16le"):
+        encode(folder / f"{pixels}.mkv", pixels=pixels)
+    encode(folder / "alpha.mov", codec="png", pixels="rgba")
+    encode(folder / "odd size.mkv", pixels="yuv444p", height=17, width=31)
+    encode(folder / "thin.mkv", pixels="yuv444p", height=3, width=101)
+    encode(folder / "rate.mp4", codec="libx264", times=[0, 1, 9, 10, 50, 51])
+    small, large = (encode(folder / "x.h264", codec="libx264", height=side, width=side).read_bytes() for side in (16, 32))
+    (folder / "x.h264").unlink()
+    (folder / "resolution.mkv").write_bytes(small + large)
+    content = encode(folder / "rotated.mp4", codec="mpeg4", height=16, width=32).read_bytes()
+    matrices = [struct.pack(">9i", a, b, 0, -b, a, 0, 0, 0, 2**30) for a, b in ((2**16, 0), (0, 2**16))]
+    (folder / "rotated.mp4").write_bytes(matrices[1].join(content.rsplit(matrices[0], 1)))
+    shutil.copy(folder / "rate.mp4", folder / ("\N{CJK UNIFIED IDEOGRAPH-65E5}" * 83 + ".mp4"))
+    shutil.copy(folder / "rate.mp4", folder / "%03d co:lon 'ü'\n.mp4")
+    if sys.platform == "linux":  # elsewhere names are text
+        (folder / os.fsdecode(b"latin-\xe9")).mkdir()
+        encode(folder / os.fsdecode(b"latin-\xe9/\xe9.mp4"), codec="mpeg4")
+
+
+def bad_videos(folder):
+    """-> {name: words of the reason}"""
+    def cut(name, share, **settings):
+        content = encode(folder / name, **settings).read_bytes()
+        (folder / name).write_bytes(content[:int(len(content) * share)])
+
+    for name in ("none.mp4", "none.mkv"):
+        encode(folder / name, frames=0, codec="mpeg4")
+    encode(folder / "lost.mp4", codec="mpeg4")
+    content = (folder / "lost.mp4").read_bytes()
+    place = content.index(b"stsz") + 12
+    (folder / "lost.mp4").write_bytes(content[:place] + struct.pack(">I", 4) + content[place + 4:])
+    content = write_mp4(folder / "damaged.mp4", 9, colour_of=noise).read_bytes()
+    (folder / "damaged.mp4").write_bytes(content[:20_000] + b"\xff" * 200 + content[20_200:])
+    cut("cut.mkv", 0.8, frames=30)
+    cut("cut.webm", 0.8, frames=30, codec="libvpx-vp9")
+    cut("cut.mov", 0.5, codec="mpeg4")
+    frames = [Image.effect_noise((20, 20), 50) for _ in range(8)]
+    for name in ("cut.gif", "cut.webp"):
+        frames[0].save(folder / name, save_all=True, append_images=frames[1:])
+        (folder / name).write_bytes((folder / name).read_bytes()[:-700])
+    for name in ("text.mp4", "text.gif", "text.npy", "text.pt"):
+        (folder / name).write_text("text\n" * 100)
+    for name in ("empty.mkv", "empty.webp", "empty.pt"):
+        (folder / name).touch()
+    for name, array in [("float", np.zeros((2, 4, 4, 3))), ("one frame", np.zeros((4, 4, 3), np.uint8)), ("object", np.array(
+            [Code()])), ("alpha", np.zeros((2, 4, 4, 4), np.uint8)), ("several", np.zeros((1, 2, 4, 4, 3), np.uint8))]:
+        np.save(folder / f"{name}.npy", array, allow_pickle=True)
+    os.symlink("loop.mp4", folder / "loop.mp4")
+    os.symlink("nowhere.mp4", folder / "dangling.mp4")
+    os.symlink("/dev/zero", folder / "device.npy")
+    os.mkfifo(folder / "pipe.mp4")
+    for name in ("pictures cut", "pictures pipe"):
+        (folder / name).mkdir()
+        Image.effect_noise((20, 20), 50).save(folder / name / "0.png")
+    os.mkfifo(folder / "pictures pipe" / "1.png")
+    (folder / "pictures cut" / "1.png").write_bytes((folder / "pictures cut" / "0.png").read_bytes()[:200])
+    (folder / "gone.npy").touch()
+    (folder / "folder.mp4").mkdir()
+    reasons = {"none.mp4": "no video stream", "none.mkv": ".", "lost.mp4": "lacks some of its 6 frames", "cut.mov": ".",
+               "damaged.mp4": "damaged frames",
+               "cut.mkv": "is cut off", "cut.webm": "is cut off", "cut.gif": "is cut off", "cut.webp": ".",
+               "text.mp4": "Invalid data", "text.gif": "cannot identify", "text.npy": "not a readable", "text.pt": "damaged",
+               "empty.mkv": "Invalid data", "empty.webp": "cannot identify", "empty.pt": "damaged", "float.npy": "float64",
+               "one frame.npy": r"\(4, 4, 3\)", "object.npy": "object", "alpha.npy": r"\(2, 4, 4, 4\)",
+               "several.npy": "expected one video", "loop.mp4": "symbolic links", "dangling.mp4": "No such file",
+               "device.npy": "not a regular file", "pipe.mp4": "not a regular file", "pictures cut": "truncated",
+               "pictures pipe": "1.png is not a regular file", "gone.npy": "No such file"}
+    if Path("/proc/self/mem").exists():  # nobody can read its beginning, root included
+        os.symlink("/proc/self/mem", folder / "unreadable.mp4")
+        reasons["unreadable.mp4"] = "Input/output error"
+    return reasons
+
+
+def test_bad_videos_are_skipped_with_the_reason_and_odd_ones_are_read(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good").mkdir()
+    (tmp_path / "bad").mkdir()
+    odd_videos(tmp_path / "good")
+    reasons = bad_videos(tmp_path / "bad")
+    for name in reasons:
+        assert data._decode_or_reason(tmp_path / "bad" / name, 8)[0] is None or name == "gone.npy", name
+    stamps = data._stamps
+
+    def vanish(found):
+        yield from stamps(found)
+        (tmp_path / "bad" / "gone.npy").unlink(missing_ok=True)
+
+    monkeypatch.setattr(data, "_stamps", vanish)
+    index = data.pack(tmp_path, "packed.npy", size=8, workers=1)
+    printed = capfd.readouterr()
+    assert {entry["name"] for entry in index["skipped"]} == {f"bad/{name}" for name in reasons}
+    for entry in index["skipped"]:
+        assert re.search(reasons[entry["name"][4:]], entry["reason"]) and "\n" not in entry["reason"], entry
+    assert "Traceback" not in printed.err and "Warning" not in printed.err and not Path("executed").exists()
+    frames = np.load("packed.npy").astype(int)
+    for entry in index["videos"]:
+        video = frames[entry["start"]:entry["start"] + entry["length"]]
+        levels = 40 + 20 * np.arange(6)
+        levels = np.tile(levels, 2) if "resolution" in entry["name"] else levels
+        assert np.abs(video - levels[:, None, None, None]).max() <= 6, (entry["name"], "frames lost, padded or in disorder")
+    assert len(index["videos"]) == 13 + (sys.platform == "linux")
+    assert data.decode("good/rotated.mp4", 16).shape == (6, 16, 16, 3)
+
+
+def crash(path, size):
     if path.name == "b.npy":
         os.kill(os.getpid(), signal.SIGKILL)
+    if path.name == "d.npy":
+        os._exit(0)
+    if path.name == "e.npy":
+        os.kill(os.getpid(), signal.SIGABRT)
     return np.full((2, size, size, 3), ord(path.name[0]), np.uint8)
 
 
@@ -1650,11 +1879,11 @@ def crash_on_b(path, size):
 def test_a_decoder_that_dies_costs_one_video(tmp_path, monkeypatch):
     for name in "abcdef":
         write_npy(tmp_path / "source" / f"{name}.npy", 2)
-    monkeypatch.setattr(data, "decode", crash_on_b)
+    monkeypatch.setattr(data, "decode", crash)
     index = data.pack(tmp_path / "source", tmp_path / "packed.npy", size=8, workers=2)
-    assert [video["name"] for video in index["videos"]] == ["a.npy", "c.npy", "d.npy", "e.npy", "f.npy"]
-    assert index["skipped"] == [{"name": "b.npy", "reason": "the decoder crashed"}]
-    assert np.load(tmp_path / "packed.npy")[::2, 0, 0, 0].tobytes() == b"acdef"
+    assert [video["name"] for video in index["videos"]] == ["a.npy", "c.npy", "f.npy"]
+    assert index["skipped"] == [{"name": f"{name}.npy", "reason": "the decoder crashed"} for name in "bde"]
+    assert np.load(tmp_path / "packed.npy")[::2, 0, 0, 0].tobytes() == b"acf"
 
 
 def test_a_folder_is_packed_once_into_the_cache(tmp_path, monkeypatch, capsys):
