@@ -1419,7 +1419,7 @@ def test_damaged_files_are_refused_or_read_whole(run_train, three_videos, tmp_pa
     ("sample", "--ckpt text.mp4", "text.mp4 is damaged or no checkpoint"), ("sample", "--num 0", "'0'"),
     ("sample", "--ckpt code.pt", "code.pt is refused"), ("sample", "--ckpt other.pt", "lacks config"),
     ("sample", "--ckpt short.npy", "short.npy"), ("sample", "--weights best", "best"),
-    ("sample", "--ckpt empty", "empty cannot be read: it is not a regular file"), ("sample", "--seed -1", "'-1'"),
+    ("sample", "--ckpt empty", "empty cannot be read: Is a directory"), ("sample", "--seed -1", "'-1'"),
     ("sample", "--frames 0", "'0'"), ("sample", "--size x", "'x'"), ("sample", "--batch-size 0", "'0'"),
     ("sample", "--device tpu", "--device tpu: expected cpu"), ("sample", "--precision fp8", "fp8"),
     ("sample", "--num", "expected one argument"), ("sample", "extra", "extra"),
