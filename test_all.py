@@ -1,6 +1,7 @@
 """The tests, on the CPU, without a network: python -m pytest -q test_all.py"""
 import contextlib
 import copy
+import hashlib
 import http.server
 import importlib.util
 import io
@@ -33,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import data
+import diffusion
 import fvd
 import model
 import s4d
@@ -40,7 +42,7 @@ import sample
 import train
 from bench import TextbookTemporalSSM
 from data import MazeVideos
-from diffusion import Diffusion, sample_generators, training_noise
+from diffusion import Diffusion, label_dropped, sample_generators, training_noise, with_guidance
 from model import UNet3D, UNetConfig
 from s4d import S4D, S4DKernel, TemporalSSM
 from sample import draw, run
@@ -614,6 +616,28 @@ def test_network_refuses(shape, t, words):
         UNet3D(UNetConfig(**TINY))(torch.randn(shape), torch.zeros(t, dtype=torch.long))
 
 
+def test_classes_are_added_and_change_no_other_first_weight():
+    nets = []
+    for classes in (0, 3):
+        torch.manual_seed(0)
+        nets.append(UNet3D(UNetConfig(**TINY, classes=classes)))
+    plain, net = nets
+    weights = net.state_dict()
+    assert list(weights)[:-1] == list(plain.state_dict()) and list(weights)[-1] == "class_embedding.weight"
+    assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())
+    x, t = torch.randn(2, 3, 4, 8, 8), torch.tensor([3, 7])
+    outputs = [net(x, t, torch.tensor([label, label])) for label in range(4)]
+    assert all((outputs[i] - outputs[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
+    assert torch.equal(net(x, t), outputs[3]), "no labels: no class"
+    with torch.no_grad():
+        net.class_embedding.weight[1] = 0
+    assert torch.equal(net(x, t, torch.tensor([1, 1])), plain(x, t))
+    assert train.parts(net)["time"] - train.parts(plain)["time"] == 4 * TINY["time_dim"]
+    for network, labels in [(plain, torch.tensor([0, 0])), (net, torch.tensor([0]))]:
+        with pytest.raises(ValueError, match="labels have shape .* expected"):
+            network(x, t, labels)
+
+
 def test_an_unknown_temporal_layer_is_refused_with_the_names():
     with pytest.raises(ValueError, match="'lstm'.*ssm, attention, linear-attention, gss, mamba, none"):
         UNet3D(UNetConfig("lstm"))
@@ -669,6 +693,80 @@ def test_an_oracle_denoiser_recovers_x0():
         assert torch.allclose(process.sample(oracle, x_0.shape, sample_generators(0, [0, 1])), x_0, atol=1e-4)
 
 
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("T, steps", [(1, 1), (20, 1), (20, 7), (256, 2), (256, 50), (256, 256), (1000, 3)])
+def test_an_oracle_denoiser_recovers_x0_by_ddim_at_any_number_of_steps(T, steps, prediction):
+    process = Diffusion(T, prediction=prediction)
+    x_0, calls = torch.rand(2, 3, 4, 8, 8) * 2 - 1, []
+
+    def oracle(x_t, t):
+        calls.append(t[0].item())
+        a = process.alphas_cumprod[t].view(-1, 1, 1, 1, 1)
+        eps = (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
+        return eps if prediction == "eps" else process.v(x_0, t, eps)
+
+    for eta in (0, 0.5, 1):
+        drawn = process.sample(oracle, x_0.shape, sample_generators(0, [0, 1]), steps=steps, eta=eta)
+        # in one step, x_0 is what is left of ε's rounding
+        assert torch.allclose(drawn, x_0, atol=1e-4 if steps > 1 or prediction == "v" else 2e-3)
+    assert calls[:steps] == sorted(set(calls), reverse=True)
+    assert calls[0] == T - 1 and (steps == 1 or calls[-1] == 0), "the timesteps include T - 1 and 0"
+
+
+def test_ddim_at_eta_1_with_all_steps_is_the_posterior(monkeypatch):
+    process = Diffusion(20)
+    x_t, x_0 = torch.randn(50, 4), torch.rand(50, 4)
+    for t, s in process.timesteps():
+        mean, variance = process.posterior(x_0, x_t, torch.full((50,), t))
+        for z in (0, 1):
+            monkeypatch.setattr(diffusion, "randn_each", lambda shape, generators, z=z: torch.full((50, *shape), z))
+            x_s = process.step(x_t, x_0, t, s, None, eta=1)
+            assert torch.allclose(x_s, mean + z * variance.sqrt(), atol=1e-5)
+    monkeypatch.undo()
+
+    def net(x, t):
+        return 0.9 * x + 0.1 * torch.sin(3 * x + t.view(-1, 1, 1, 1, 1))
+
+    def sampled(seed, **settings):
+        return process.sample(net, (2, 3, 2, 4, 4), sample_generators(seed, [0, 1]), **settings)
+
+    assert torch.allclose(sampled(0, eta=1), sampled(0), atol=1e-4)
+    assert not torch.allclose(sampled(0, eta=1, steps=19), sampled(0), atol=1e-2)
+
+
+def test_ddim_at_eta_0_draws_noise_once():
+    process, generators = Diffusion(20), sample_generators(0, [0])
+    first = process.sample(lambda x, t: x, (1, 3, 2, 4, 4), generators, steps=5, eta=0)
+    [expected] = sample_generators(0, [0])
+    torch.randn(3, 2, 4, 4, generator=expected)
+    assert torch.equal(generators[0].get_state(), expected.get_state()), "x_T is all that is random"
+    assert torch.equal(first, process.sample(lambda x, t: x, (1, 3, 2, 4, 4), sample_generators(0, [0]), steps=5, eta=0))
+
+
+@pytest.mark.parametrize("settings", [dict(eta=1.5), dict(eta=-0.1), dict(eta=0, steps=21), dict(eta=0, steps=0),
+                                      dict(steps=10)])
+def test_sampling_refuses(settings):
+    with pytest.raises(ValueError, match="expected"):
+        Diffusion(20).sample(lambda x, t: x, (1, 3, 2, 4, 4), sample_generators(0, [0]), **settings)
+
+
+def test_v_x0_and_eps_are_each_others():
+    process = Diffusion(256, prediction="v")
+    x_0, noise, t = torch.rand(4, 3, 2, 4, 4), torch.randn(4, 3, 2, 4, 4), torch.tensor([0, 10, 128, 255])
+    x_t, v = process.q_sample(x_0, t, noise), process.v(x_0, t, noise)
+    a = process.alphas_cumprod[t].view(-1, 1, 1, 1, 1)
+    assert torch.allclose(a.sqrt() * x_t - (1 - a).sqrt() * v, x_0, atol=1e-5)
+    assert torch.allclose((1 - a).sqrt() * x_t + a.sqrt() * v, noise, atol=1e-5)
+    assert torch.allclose(x_t.square() + v.square(), x_0.square() + noise.square(), atol=1e-4), "a rotation"
+    for step in (0, 128, 255):
+        t = torch.full((4,), step)
+        x_t, v = process.q_sample(x_0, t, noise), process.v(x_0, t, noise)
+        assert torch.allclose(process.denoise(lambda x, t: v, x_t, step), x_0, atol=1e-5)
+    assert torch.allclose(process.loss(lambda x, t: v + 2, x_0, t, noise), torch.full((4,), 4.0), atol=1e-4)
+    with pytest.raises(ValueError, match="'x0'"):
+        Diffusion(8, prediction="x0")
+
+
 def test_losses():
     process = Diffusion(16)
     x_0, noise, t = torch.zeros(3, 3, 2, 4, 4), torch.randn(3, 3, 2, 4, 4), torch.tensor([0, 5, 15])
@@ -676,6 +774,37 @@ def test_losses():
     assert torch.allclose(process.loss(lambda x, t: noise - 2, x_0, t, noise, "l1"), torch.full((3,), 2.0))
     with pytest.raises(ValueError, match="'huber'"):
         process.loss(lambda x, t: noise, x_0, t, noise, "huber")
+
+
+def test_guidance_is_one_call_for_both_branches():
+    calls = []
+
+    def net(x_t, t, labels):
+        calls.append(labels.tolist())
+        return x_t * (1 + labels.view(-1, 1) + t.view(-1, 1))
+
+    x_t, t, labels = torch.randn(2, 3), torch.tensor([5, 5]), torch.tensor([1, 2])
+    of_class, of_none = net(x_t, t, labels), net(x_t, t, torch.tensor([9, 9]))
+    calls.clear()
+    assert torch.equal(with_guidance(net, labels, null=9)(x_t, t), of_class)
+    for guidance, expected in [(0, of_none), (3, 3 * of_class - 2 * of_none)]:
+        assert torch.allclose(with_guidance(net, labels, 9, guidance)(x_t, t), expected, atol=1e-5)
+    assert calls == [[1, 2], [1, 2, 9, 9], [1, 2, 9, 9]]
+
+
+def test_a_tenth_of_the_labels_is_dropped_by_seed_step_and_index():
+    dropped = np.array([[label_dropped(0.1, 0, step, i) for i in range(50)] for step in range(50)])
+    assert 0.08 < dropped.mean() < 0.12 and dropped.any(0).mean() > 0.9 and dropped.any(1).mean() > 0.9
+    assert (dropped != [[label_dropped(0.1, 1, step, i) for i in range(50)] for step in range(50)]).any()
+    args = SimpleNamespace(classes=data.class_names("maze"), seed=0)
+    labels = train.training_labels(MazeVideos(2, 8), args, 7, range(40), "cpu")
+    for rank in range(2):
+        mine = range(20 * rank, 20 * rank + 20)
+        assert torch.equal(train.training_labels(MazeVideos(2, 8), args, 7, mine, "cpu"), labels[mine])
+    for i, label in enumerate(labels):
+        name = MazeVideos(2, 8).label(0, 7, i)
+        assert label == (8 if dropped[7, i] else args.classes.index(name))
+    assert train.training_labels(MazeVideos(2, 8), SimpleNamespace(classes=None), 7, range(4), "cpu") is None
 
 
 def test_training_noise_is_a_function_of_seed_step_and_index():
@@ -1228,6 +1357,8 @@ def test_step_memory_is_that_of_a_step():
 
 # ------------------------------------------------------------------------------------------------ sampling
 
+CLASSES = ["Archery", "Bowling", "YoYo"]
+
 
 @pytest.fixture
 def trained(run_train, tmp_path):
@@ -1255,6 +1386,96 @@ def test_sample_writes_what_data_reads(trained, tmp_path, monkeypatch, capsys):
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(ValueError, match="belongs to other samples"):
         run_sample(monkeypatch, "--num", 4)
+
+
+def test_class_conditional_by_the_commands(run_train, tmp_path, monkeypatch):
+    for number, (name, split) in enumerate([("Archery", "train"), ("Bowling", "train"), ("YoYo", "test")]):
+        folder = tmp_path / "videos" / split / name
+        folder.mkdir(parents=True)
+        np.save(folder / "a.npy", np.full((6, 8, 8, 3), 40 * number, np.uint8))
+    index = data.pack(tmp_path / "videos", tmp_path / "packed.npy", size=8, workers=1)
+    assert [video["label"] for video in index["videos"]] == ["YoYo", "Archery", "Bowling"]
+    assert data.class_names(tmp_path / "packed.npy") == data.class_names(tmp_path / "videos") == CLASSES
+    videos = data.PackedVideos(tmp_path / "packed.npy", 5, 8, "all")
+    assert all(videos.clip(0, i)[0, 0, 0, 0] == 40 * CLASSES.index(videos.label(0, i)) for i in range(20))
+
+    flags = ["--data", tmp_path / "packed.npy", "--classes", "--grid-samples", 2, "--out", tmp_path / "run"]
+    run_train(*flags, "--steps", 1, "--grad-accum", 2)
+    ckpt = sample.load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert ckpt["config"]["classes"] == CLASSES and ckpt["unet"]["classes"] == 3
+    for classes, words in [(None, r"--classes \(3: Archery, Bowling, YoYo\), not no --classes"),
+                           (["blue"], r"YoYo\), not --classes \(1: blue\)")]:
+        with pytest.raises(ValueError, match=words):
+            train.check_resume({"classes": classes}, ckpt["config"], tmp_path)
+    with pytest.raises(ValueError, match="has no labels"):
+        run_train("--classes", "--data", write_npy(tmp_path / "plain.npy", 6))
+
+    flags, out = ["--ckpt", tmp_path / "run" / "ckpt.pt", "--sampler", "ddim", "--num", 4], tmp_path / "turns.npy"
+    run_sample(monkeypatch, *flags, "--out", out)
+    assert json.loads((tmp_path / "turns.npy.json").read_text())["labels"] == [*CLASSES, "Archery"]
+    assert [video["label"] for video in data.PackedVideos(out, 5, 8).videos] == [*CLASSES, "Archery"]
+    assert data.class_names(out) == CLASSES
+    run_sample(monkeypatch, *flags, "--out", tmp_path / "b.npy", "--class", "Bowling", "--guidance", 2)
+    about = json.loads((tmp_path / "b.npy.json").read_text())
+    assert about["labels"] == ["Bowling"] * 4 and about["guidance"] == 2
+    net = sample.load_network(ckpt, "ema", torch.device("cpu"))
+    settings = dict(steps=8, eta=0, labels=[1] * 4, guidance=2)
+    assert np.array_equal(np.load(tmp_path / "b.npy"), draw(net, Diffusion(8), 0, range(4), (3, 5, 8, 8), **settings))
+    assert not np.array_equal(np.load(tmp_path / "b.npy"), np.load(out))
+    (tmp_path / "turns.npy.json").write_text('{"labels": ["Archery"]}')
+    with pytest.raises(data.DataError, match="do not fit the 4 videos"):
+        data.PackedVideos(out, 5, 8)
+
+
+@pytest.mark.parametrize("flags, classes, labels", [
+    ("", [], None), ("--num 4", CLASSES, [0, 1, 2, 0]), ("--class YoYo --num 2", CLASSES, [2, 2]),
+    ("--class yoyoo", CLASSES, "--class yoyoo: not one of the checkpoint's 3 classes, such as YoYo$"),
+    ("--class x", CLASSES, "such as Archery, Bowling, YoYo$"),
+    ("--class YoYo", [], "--class YoYo: the checkpoint was trained without classes"),
+    ("--guidance 2", [], "--guidance 2.0: the checkpoint was trained without classes")])
+def test_chosen_labels(flags, classes, labels, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags.split()])
+    args = sample.parse_args()
+    if isinstance(labels, str):
+        with pytest.raises(ValueError, match=labels):
+            sample.chosen_labels(args, classes)
+    else:
+        assert sample.chosen_labels(args, classes) == labels
+
+
+def test_ddim_and_v_by_the_command(trained, run_train, tmp_path, monkeypatch, capsys):
+    flags, out = ["--ckpt", trained, "--num", 2, "--sampler", "ddim", "--sampling-steps", 3], tmp_path / "ddim.npy"
+    run_sample(monkeypatch, *flags, "--out", out)
+    assert "ddim, 3 steps" in capsys.readouterr().out
+    about = json.loads((tmp_path / "ddim.npy.json").read_text())
+    assert (about["sampler"], about["sampling_steps"], about["eta"]) == ("ddim", 3, 0)
+    net = sample.load_network(sample.load_checkpoint(trained), "ema", torch.device("cpu"))
+    assert np.array_equal(np.load(out), draw(net, Diffusion(8), 0, range(2), (3, 5, 8, 8), steps=3, eta=0))
+    with pytest.raises(ValueError, match="belongs to other samples"):
+        run_sample(monkeypatch, *flags, "--out", out, "--eta", 0.5)
+
+    run_train("--steps", 1, "--out", tmp_path / "v", "--prediction", "v", "--grid-samples", 0)
+    assert losses(tmp_path / "v") != losses(trained.parent)
+    ckpt = sample.load_checkpoint(tmp_path / "v" / "ckpt.pt")
+    with pytest.raises(ValueError, match="--prediction v, not eps"):
+        train.check_resume({"prediction": "eps"}, ckpt["config"], tmp_path)
+    run_sample(monkeypatch, "--ckpt", tmp_path / "v" / "ckpt.pt", "--num", 1, "--out", tmp_path / "v.npy")
+    net = sample.load_network(ckpt, "ema", torch.device("cpu"))
+    assert np.array_equal(np.load(tmp_path / "v.npy"), draw(net, Diffusion(8, "cpu", "v"), 0, [0], (3, 5, 8, 8)))
+
+
+@pytest.mark.parametrize("flags, settings", [
+    ("", (None, None)), ("--sampler ddim", (8, 0)), ("--sampler ddim --sampling-steps 3 --eta 0.5", (3, 0.5)),
+    ("--sampling-steps 8", "--sampling-steps 8 goes with --sampler ddim"), ("--eta 0", "--eta 0.0 goes with --sampler"),
+    ("--sampler ddim --sampling-steps 9", "--sampling-steps 9: the checkpoint has 8 diffusion steps")])
+def test_sampler_settings(flags, settings, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags.split()])
+    args = sample.parse_args()
+    if isinstance(settings, tuple):
+        assert sample.sampler_settings(args, 8) == settings
+    else:
+        with pytest.raises(ValueError, match=settings):
+            sample.sampler_settings(args, 8)
 
 
 def test_stopped_sampling_goes_on(trained, tmp_path, monkeypatch):
@@ -1423,6 +1644,8 @@ def test_damaged_files_are_refused_or_read_whole(run_train, three_videos, tmp_pa
     ("sample", "--frames 0", "'0'"), ("sample", "--size x", "'x'"), ("sample", "--batch-size 0", "'0'"),
     ("sample", "--device tpu", "--device tpu: expected cpu"), ("sample", "--precision fp8", "fp8"),
     ("sample", "--num", "expected one argument"), ("sample", "extra", "extra"),
+    ("sample", "--eta 1.5", "'1.5'"), ("sample", "--guidance -1", "'-1'"), ("sample", "--sampler euler", "euler"),
+    ("train", "--prediction x0", "x0"),
     ("data", "empty --size 8 --out x.npy", "empty holds no videos"),
     ("data", "missing --size 8 --out x.npy", "missing"),
     ("data", "text.mp4 --size 8 --out x.npy", "none of the 1 videos is usable"),
@@ -1576,6 +1799,19 @@ def test_maze_pictures_have_sky_above_walls_above_floor():
     assert (video[:, 0, :, 2] - video[:, 0, :, 0] > 60).mean() > 0.5, "blue at the top"
     assert (np.ptp(video[:, -1], axis=-1) < 40).mean() > 0.7, "grey at the bottom"
     assert (np.ptp(video[:, 7:9], axis=-1) > 60).mean() > 0.7, "bright colours in the middle"
+
+
+def test_mazes_have_labels_and_the_same_pictures():
+    digest = hashlib.sha256(data.maze_walk(3, 5, 40, 16).tobytes()).hexdigest()
+    assert digest == "846c1ec5378d7026fa69af54cd1208c36bb67875801417ad65bf08d440873bfc", "as before there were labels"
+    videos = MazeVideos(16, 16)
+    labels = [videos.label(0, i) for i in range(100)]
+    assert set(labels) == set(data.class_names(None)) == set(data.COLOUR_NAMES) and len(set(data.COLOUR_NAMES)) == 8
+    agreed = [data.wall_colour(videos.clip(0, i)) == label for i, label in enumerate(labels)]
+    assert 0.5 < np.mean(agreed) < 0.9, "a short clip may see more of other colours"
+    for name, colour in zip(data.COLOUR_NAMES, data.WALL_COLOURS):
+        walls = np.broadcast_to(np.stack([colour, colour * data.DIM_SIDE / 2, data.SKY, data.FLOOR]), (2, 5, 4, 3))
+        assert data.wall_colour(walls.astype(np.uint8)) == name
 
 
 @pytest.mark.parametrize("frames, size", [(1, 8), (3, 9), (2, 200)])
