@@ -6,7 +6,7 @@
     python sample.py --frames 800                                 # longer than the network was trained on
 
 Writes NAME.npy, uint8 (num, frames, height, width, 3), which data.py reads; NAME.npy.json, what it was drawn
-from; NAME.gif and NAME.mp4, the first few side by side. Sample i is a function of (checkpoint, seed, i): the number of
+from; NAME.gif and NAME.mp4, the first few side by side; NAME.png, frames of them in a row each. Sample i is a function of (checkpoint, seed, i): the number of
 processes does not enter, nor, but for the last bits of floating-point sums, does the batch size. Stopped and started
 again by the same command, it goes on where it was. On several machines --out must be in a folder that all share.
 """
@@ -181,12 +181,12 @@ def replace_with(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def grid(videos, pixels=96):
+def grid(videos, pixels=96, columns=None):
     """uint8 (n, f, h, w, 3) -> (f, H, W, 3): side by side in rows, each enlarged to about `pixels`, a gap between."""
     n, f, h, w, _ = videos.shape
     scale = max(1, round(pixels / h))
     videos = videos.repeat(scale, axis=2).repeat(scale, axis=3)
-    columns = math.ceil(math.sqrt(n))
+    columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     h, w, gap = h * scale, w * scale, 4
     # even sides, which H.264 wants
@@ -222,6 +222,15 @@ def save_mp4(path, videos, fps=10):
             container.mux(stream.encode())
 
     replace_with(path, write)
+
+
+def save_sheet(path, videos, columns=8):
+    """Write uint8 videos (n, f, h, w, 3) as a contact sheet, a PNG: a row for each, of evenly spaced frames from the first
+    to the last."""
+    columns = min(columns, videos.shape[1])
+    picked = videos[:, np.linspace(0, videos.shape[1] - 1, columns).round().astype(int)]    # n columns h w 3
+    [sheet] = grid(picked.reshape(-1, 1, *picked.shape[2:]), pixels=64, columns=columns)
+    replace_with(path, lambda temporary: Image.fromarray(sheet).save(temporary, "PNG", optimize=True))
 
 
 # ---------------------------------------------------------------------------------------- the command
@@ -265,7 +274,8 @@ def main():
     out = args.out or path.with_name(f"samples_{ckpt['step']:07d}.npy")
     if out.suffix != ".npy":
         raise ValueError(f"--out {out}: expected a name that ends in .npy")
-    about, gif, mp4 = out.with_name(out.name + ".json"), out.with_suffix(".gif"), out.with_suffix(".mp4")
+    about = out.with_name(out.name + ".json")
+    pictures = {out.with_suffix(".gif"): save_gif, out.with_suffix(".mp4"): save_mp4, out.with_suffix(".png"): save_sheet}
     # everything that shapes the samples
     request = {"checkpoint_sha256": hashlib.sha256(content).hexdigest(), "step": ckpt["step"], "weights": args.weights,
                "num": args.num, "frames": frames, "size": size, "seed": args.seed, "sampler": "ddpm",
@@ -282,7 +292,7 @@ def main():
         if recorded != request:
             raise ValueError(f"{about} belongs to other samples; delete it and {out.name}, or choose another --out")
     else:
-        for file in (out, gif, mp4):
+        for file in (out, *pictures):
             if file.exists():
                 raise ValueError(f"{file} exists already; delete it or name another file with --out")
     if out.exists():
@@ -332,12 +342,12 @@ def main():
         dist.barrier()
     if rank == 0:
         first = np.stack([np.load(part, allow_pickle=False) for part in parts[:16]])
-        save_gif(gif, first)
-        save_mp4(mp4, first)
+        for picture, save in pictures.items():
+            save(picture, first)
         replace_with(out, lambda temporary: write_array(temporary, (args.num, frames, size, size, 3),
                                                         (np.load(part, allow_pickle=False) for part in parts)))
         shutil.rmtree(parts_of(out))
-        print(f"wrote {out.absolute()} and, for looking at, .gif and .mp4 beside it")
+        print(f"wrote {out.absolute()} and, for looking at, .gif, .mp4 and .png beside it")
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -713,6 +713,7 @@ TRAIN = ("--frames 5 --size 8 --base-channels 8 --channel-mults 1 2 --time-dim 1
 @pytest.fixture
 def run_train(monkeypatch):
     """Run train.py's main function with flags in this process; restores the signal handlers."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it takes longer than such a run
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(*flags):
@@ -751,7 +752,8 @@ def test_resumed_training_is_the_same_bit_for_bit(run_train, tmp_path, capsys):
     run_train("--steps", 6, "--out", tmp_path / "once")
     run_train("--steps", 3, "--out", tmp_path / "twice", "--log-every", 2)
     run_train("--steps", 6, "--out", tmp_path / "twice", "--log-every", 2)
-    assert "changed: --steps 3 -> 6" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "changed: --steps 3 -> 6" in printed and printed.count("no loss.png: pip install matplotlib") == 3
     once, twice = (sample.load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("once", "twice"))
     for part in ("step", "model", "ema", "optimizer", "unet"):
         assert_same(once[part], twice[part])
@@ -892,6 +894,30 @@ def test_a_run_shorter_than_the_first_update_draws_from_trained_weights(run_trai
     run_train("--steps", 3, "--out", tmp_path, "--ema-every", 10, "--ema-start", 2000)
     ckpt = sample.load_checkpoint(tmp_path / "ckpt.pt")
     assert_same(ckpt["ema"], ckpt["model"])
+
+
+def test_a_picture_never_costs_the_run(run_train, tmp_path, monkeypatch, capsys):
+    def draw_curves(log_path, path):
+        raise OSError("no space")
+
+    monkeypatch.setattr(train, "draw_curves", draw_curves)
+    run_train("--out", tmp_path / "run", "--grid-samples", 0, "--steps", 1)
+    assert re.search(r"no loss.png \(OSError: no space\)\n.*done", capsys.readouterr().out, re.DOTALL)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
+@pytest.mark.parametrize("lines, curves", [
+    (['{"step": 1, "loss": 1.0}'], 1),
+    (['{"step": 1, "loss": 1.0}', '{"step": 1, "fvd": 9.0}',
+      '{"step": 2, "loss": 0.5, "held_out_loss": 0.4, "held_out_quartiles": [0.7, 0.5, 0.3, 0.1]}'], 6)])
+def test_loss_curves(lines, curves, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (saved.append(self), Path(path).write_bytes(b"png")))
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    train.draw_curves(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    assert len(saved[0].axes[0].lines) == curves and (tmp_path / "loss.png").read_bytes() == b"png"
 
 
 def test_one_clip_is_overfitted(run_train, tmp_path, monkeypatch):
@@ -1118,7 +1144,13 @@ def test_sample_writes_what_data_reads(trained, tmp_path, monkeypatch, capsys):
     assert data.PackedVideos(path, frames=9, size=16).num_windows == 3
     assert data.decode(path.with_suffix(".gif"), 16).shape[0] == data.decode(path.with_suffix(".mp4"), 16).shape[0] == 9
     assert {file.name for file in path.parent.iterdir() if "samples_" in file.name} == {
-        path.name, path.name + ".json", path.with_suffix(".gif").name, path.with_suffix(".mp4").name}
+        path.name, path.name + ".json", *(path.with_suffix(suffix).name for suffix in (".gif", ".mp4", ".png"))}
+    # the contact sheet: 3 rows of 8 of the 9 frames, four times as large, with a gap of 4
+    with Image.open(path.with_suffix(".png")) as image:
+        sheet = np.asarray(image)
+    assert sheet.shape == (3 * 68, 8 * 68, 3)
+    for row, column, frame in ((0, 0, 0), (1, 3, 3), (1, 4, 5), (2, 7, 8)):
+        assert np.array_equal(sheet[68 * row:, 68 * column:][:64:4, :64:4], videos[row, frame])
     run_sample(monkeypatch, "--num", 3, "--batch-size", 2, "--frames", 9, "--size", 16)
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(ValueError, match="belongs to other samples"):
@@ -2672,6 +2704,44 @@ def test_a_reference_that_is_not_installed_is_one_line(monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------------ files that travel
+
+
+class TransformerTemporalModel(torch.nn.Module):
+    """The conventions of diffusers' class of this name."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.proj_in, self.proj_out = torch.nn.Linear(channels, 2 * channels), torch.nn.Linear(2 * channels, channels)
+        self.transformer_blocks = torch.nn.ModuleList([torch.nn.Identity()] * 2)
+
+    def forward(self, x, num_frames):
+        """(batch·frames, c, h, w) -> the same."""
+        b, c, h, w = x.shape[0] // num_frames, *x.shape[1:]
+        hidden = x.view(b, num_frames, c, h, w).permute(0, 3, 4, 1, 2).reshape(b * h * w, num_frames, c)
+        hidden = self.proj_in(hidden)
+        for block in self.transformer_blocks:
+            hidden = block(hidden, encoder_hidden_states=None, timestep=None)
+        return x + self.proj_out(hidden).view(b, h, w, num_frames, c).permute(0, 3, 4, 1, 2).reshape(x.shape)
+
+
+def test_the_readmes_drop_in_runs_as_printed():
+    [snippet] = [block for block in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+                 if "(batch·h·w, frames, channels)" in block]
+    assert len(snippet.strip().splitlines()) <= 15
+    names = {}
+    exec(snippet, names)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(TransformerTemporalModel(4))
+    names["use_ssm"](net)
+    assert [type(block).__name__ for block in net[0].transformer_blocks] == ["SSMBlock"]
+    for frames in (5, 9):
+        x = torch.randn(2 * frames, 4, 2, 3, requires_grad=True)
+        y = net[0](x, frames)
+        [gradient] = torch.autograd.grad(y[1, :, 0, 0].square().sum(), x)
+        seen = gradient.abs().amax(1) > 0                                                           # b·f h w
+        assert y.shape == x.shape and seen[:frames, 0, 0].all(), "all frames of the same video and position"
+        seen[:frames, 0, 0] = False
+        assert not seen.any()
 
 
 @pytest.mark.parametrize("files, packages, code", [
