@@ -4,6 +4,7 @@
     python sample.py --ckpt out/minerl-400-ssm/ckpt.pt --num 1000 --batch-size 8 --out samples.npy
     torchrun --nproc-per-node 8 sample.py --num-samples 1000      # the same samples, shared among 8
     python sample.py --frames 800                                 # longer than the network was trained on
+    python sample.py --sampler ddim --sampling-steps 50           # DDIM: 50 network calls instead of 256
 
 Writes NAME.npy, uint8 (num, frames, height, width, 3), which data.py reads; NAME.npy.json, what it was drawn
 from; NAME.gif and NAME.mp4, the first few side by side; NAME.png, frames of them in a row each. Sample i is a function of (checkpoint, seed, i): the number of
@@ -57,6 +58,16 @@ def positive_int(text):
     if non_negative_int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
+
+
+def from_0_to_1(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
 
 
 def choose_device(name=None):
@@ -146,11 +157,15 @@ def load_network(ckpt, weights, device):
     return net.to(device).eval().requires_grad_(False)
 
 
-def draw(net, diffusion, seed, indices, shape, precision="auto", progress=None):
-    """Draw the samples of the given indices, shape (c, f, h, w) -> uint8 array (len(indices), f, h, w, 3)."""
+def draw(net, diffusion, seed, indices, shape, precision="auto", progress=None, steps=None, eta=None):
+    """Draw the samples of the given indices, shape (c, f, h, w) -> uint8 array (len(indices), f, h, w, 3).
+
+    steps, eta: of DDIM; none: ancestral sampling, see `Diffusion.sample`.
+    """
     device = torch.device(diffusion.device)
     with autocast(device, precision), kernels_once(net, shape[1]):
-        x = diffusion.sample(net, (len(indices), *shape), sample_generators(seed, indices, device), progress)
+        generators = sample_generators(seed, indices, device)
+        x = diffusion.sample(net, (len(indices), *shape), generators, progress, steps, eta)
     return to_uint8(x).cpu().numpy()
 
 
@@ -247,12 +262,28 @@ def parse_args():
     parser.add_argument("--seed", type=non_negative_int, default=0, help="sample i is a function of the seed and i")
     parser.add_argument("--frames", type=positive_int, help="frames per video; none: as trained")
     parser.add_argument("--size", type=positive_int, help="height and width; none: as trained")
+    parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="ancestral, all steps; or DDIM")
+    parser.add_argument("--sampling-steps", type=positive_int, help="of ddim; none: 50, or all where there are fewer")
+    parser.add_argument("--eta", type=from_0_to_1, help="of ddim; none: 0, deterministic; 1: with the posterior's noise")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the latest")
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; a CUDA graph on CUDA")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; none: the best there is")
     parser.add_argument("--out", type=Path, help=".npy file to write; none: samples_STEP.npy beside the checkpoint")
     return parser.parse_args()
+
+
+def sampler_settings(args, T):
+    """-> (steps, eta) for `draw`, from the flags, for T diffusion steps. Raises ValueError for flags that do not fit."""
+    if args.sampler == "ddim":
+        if args.sampling_steps and args.sampling_steps > T:
+            raise ValueError(f"--sampling-steps {args.sampling_steps}: the checkpoint has {T} diffusion steps; expected 1 "
+                             f"to {T}")
+        return args.sampling_steps or min(50, T), args.eta or 0.0
+    for flag, value in (("--sampling-steps", args.sampling_steps), ("--eta", args.eta)):
+        if value is not None:
+            raise ValueError(f"{flag} {value} goes with --sampler ddim; ddpm takes all {T} steps")
+    return None, None
 
 
 def main():
@@ -268,7 +299,9 @@ def main():
     factor = 2 ** (len(net.config.channel_mults) - 1)
     if size % factor:
         raise ValueError(f"--size {size}: this network needs a size divisible by {factor}")
-    diffusion = Diffusion(config["diffusion_steps"], device)
+    diffusion = Diffusion(config["diffusion_steps"], device, config.get("prediction", "eps"))
+    steps, eta = sampler_settings(args, diffusion.T)
+    sampling_steps = steps or diffusion.T
     shape = (net.config.video_channels, frames, size, size)
 
     out = args.out or path.with_name(f"samples_{ckpt['step']:07d}.npy")
@@ -278,9 +311,11 @@ def main():
     pictures = {out.with_suffix(".gif"): save_gif, out.with_suffix(".mp4"): save_mp4, out.with_suffix(".png"): save_sheet}
     # everything that shapes the samples
     request = {"checkpoint_sha256": hashlib.sha256(content).hexdigest(), "step": ckpt["step"], "weights": args.weights,
-               "num": args.num, "frames": frames, "size": size, "seed": args.seed, "sampler": "ddpm",
-               "sampling_steps": diffusion.T, "device": device.type,
+               "num": args.num, "frames": frames, "size": size, "seed": args.seed,
+               "sampler": args.sampler, "sampling_steps": sampling_steps, "device": device.type,
                "precision": choose_precision(device, args.precision)}
+    if eta is not None:
+        request["eta"] = eta
     batch_size = args.batch_size
     if about.exists():
         recorded = None
@@ -313,7 +348,7 @@ def main():
         replace_with(about, lambda temporary: temporary.write_text(about_samples))
         decay = f", decay {config['ema_decay']}" if args.weights == "ema" else ""
         print(f"{path}: step {ckpt['step']}, {args.weights} weights{decay}; {args.num} videos of {frames} frames, "
-              f"{size}x{size}, {diffusion.T} steps, seed {args.seed}, {world_size} x {device.type}")
+              f"{size}x{size}, {args.sampler}, {sampling_steps} steps, seed {args.seed}, {world_size} x {device.type}")
         if frames > config["frames"]:
             print(f"note: the network was trained on {config['frames']} frames, not {frames}")
     if world_size > 1:
@@ -328,14 +363,14 @@ def main():
     if args.compile:
         # fixed shapes: the last batch, if smaller, is compiled too
         net = torch.compile(net, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
-    with tqdm(total=len(mine) * diffusion.T, unit="step", disable=True if rank else None) as bar:
+    with tqdm(total=len(mine) * sampling_steps, unit="step", disable=True if rank else None) as bar:
         def progress(steps):
             for step in steps:
                 yield step
                 bar.update()
 
         for batch in mine:
-            videos = draw(net, diffusion, args.seed, batch, shape, args.precision, progress)
+            videos = draw(net, diffusion, args.seed, batch, shape, args.precision, progress, steps, eta)
             for i, video in zip(batch, videos):
                 replace_with(parts[i], lambda temporary, video=video: write_array(temporary, video.shape, [video]))
     if world_size > 1:

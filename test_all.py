@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import data
+import diffusion
 import fvd
 import model
 import s4d
@@ -666,6 +667,80 @@ def test_an_oracle_denoiser_recovers_x0():
         assert torch.allclose(process.sample(oracle, x_0.shape, sample_generators(0, [0, 1])), x_0, atol=1e-4)
 
 
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("T, steps", [(1, 1), (20, 1), (20, 7), (256, 2), (256, 50), (256, 256), (1000, 3)])
+def test_an_oracle_denoiser_recovers_x0_by_ddim_at_any_number_of_steps(T, steps, prediction):
+    process = Diffusion(T, prediction=prediction)
+    x_0, calls = torch.rand(2, 3, 4, 8, 8) * 2 - 1, []
+
+    def oracle(x_t, t):
+        calls.append(t[0].item())
+        a = process.alphas_cumprod[t].view(-1, 1, 1, 1, 1)
+        eps = (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
+        return eps if prediction == "eps" else process.v(x_0, t, eps)
+
+    for eta in (0, 0.5, 1):
+        drawn = process.sample(oracle, x_0.shape, sample_generators(0, [0, 1]), steps=steps, eta=eta)
+        # in one step, x_0 is what is left of ε's rounding
+        assert torch.allclose(drawn, x_0, atol=1e-4 if steps > 1 or prediction == "v" else 2e-3)
+    assert calls[:steps] == sorted(set(calls), reverse=True)
+    assert calls[0] == T - 1 and (steps == 1 or calls[-1] == 0), "the timesteps include T - 1 and 0"
+
+
+def test_ddim_at_eta_1_with_all_steps_is_the_posterior(monkeypatch):
+    process = Diffusion(20)
+    x_t, x_0 = torch.randn(50, 4), torch.rand(50, 4)
+    for t, s in process.timesteps():
+        mean, variance = process.posterior(x_0, x_t, torch.full((50,), t))
+        for z in (0, 1):
+            monkeypatch.setattr(diffusion, "randn_each", lambda shape, generators, z=z: torch.full((50, *shape), z))
+            x_s = process.step(x_t, x_0, t, s, None, eta=1)
+            assert torch.allclose(x_s, mean + z * variance.sqrt(), atol=1e-5)
+    monkeypatch.undo()
+
+    def net(x, t):
+        return 0.9 * x + 0.1 * torch.sin(3 * x + t.view(-1, 1, 1, 1, 1))
+
+    def sampled(seed, **settings):
+        return process.sample(net, (2, 3, 2, 4, 4), sample_generators(seed, [0, 1]), **settings)
+
+    assert torch.allclose(sampled(0, eta=1), sampled(0), atol=1e-4)
+    assert not torch.allclose(sampled(0, eta=1, steps=19), sampled(0), atol=1e-2)
+
+
+def test_ddim_at_eta_0_draws_noise_once():
+    process, generators = Diffusion(20), sample_generators(0, [0])
+    first = process.sample(lambda x, t: x, (1, 3, 2, 4, 4), generators, steps=5, eta=0)
+    [expected] = sample_generators(0, [0])
+    torch.randn(3, 2, 4, 4, generator=expected)
+    assert torch.equal(generators[0].get_state(), expected.get_state()), "x_T is all that is random"
+    assert torch.equal(first, process.sample(lambda x, t: x, (1, 3, 2, 4, 4), sample_generators(0, [0]), steps=5, eta=0))
+
+
+@pytest.mark.parametrize("settings", [dict(eta=1.5), dict(eta=-0.1), dict(eta=0, steps=21), dict(eta=0, steps=0),
+                                      dict(steps=10)])
+def test_sampling_refuses(settings):
+    with pytest.raises(ValueError, match="expected"):
+        Diffusion(20).sample(lambda x, t: x, (1, 3, 2, 4, 4), sample_generators(0, [0]), **settings)
+
+
+def test_v_x0_and_eps_are_each_others():
+    process = Diffusion(256, prediction="v")
+    x_0, noise, t = torch.rand(4, 3, 2, 4, 4), torch.randn(4, 3, 2, 4, 4), torch.tensor([0, 10, 128, 255])
+    x_t, v = process.q_sample(x_0, t, noise), process.v(x_0, t, noise)
+    a = process.alphas_cumprod[t].view(-1, 1, 1, 1, 1)
+    assert torch.allclose(a.sqrt() * x_t - (1 - a).sqrt() * v, x_0, atol=1e-5)
+    assert torch.allclose((1 - a).sqrt() * x_t + a.sqrt() * v, noise, atol=1e-5)
+    assert torch.allclose(x_t.square() + v.square(), x_0.square() + noise.square(), atol=1e-4), "a rotation"
+    for step in (0, 128, 255):
+        t = torch.full((4,), step)
+        x_t, v = process.q_sample(x_0, t, noise), process.v(x_0, t, noise)
+        assert torch.allclose(process.denoise(lambda x, t: v, x_t, step), x_0, atol=1e-5)
+    assert torch.allclose(process.loss(lambda x, t: v + 2, x_0, t, noise), torch.full((4,), 4.0), atol=1e-4)
+    with pytest.raises(ValueError, match="'x0'"):
+        Diffusion(8, prediction="x0")
+
+
 def test_losses():
     process = Diffusion(16)
     x_0, noise, t = torch.zeros(3, 3, 2, 4, 4), torch.randn(3, 3, 2, 4, 4), torch.tensor([0, 5, 15])
@@ -1157,6 +1232,41 @@ def test_sample_writes_what_data_reads(trained, tmp_path, monkeypatch, capsys):
         run_sample(monkeypatch, "--num", 4)
 
 
+def test_ddim_and_v_by_the_command(trained, run_train, tmp_path, monkeypatch, capsys):
+    flags, out = ["--ckpt", trained, "--num", 2, "--sampler", "ddim", "--sampling-steps", 3], tmp_path / "ddim.npy"
+    run_sample(monkeypatch, *flags, "--out", out)
+    assert "ddim, 3 steps" in capsys.readouterr().out
+    about = json.loads((tmp_path / "ddim.npy.json").read_text())
+    assert (about["sampler"], about["sampling_steps"], about["eta"]) == ("ddim", 3, 0)
+    net = sample.load_network(sample.load_checkpoint(trained), "ema", torch.device("cpu"))
+    assert np.array_equal(np.load(out), draw(net, Diffusion(8), 0, range(2), (3, 5, 8, 8), steps=3, eta=0))
+    with pytest.raises(ValueError, match="belongs to other samples"):
+        run_sample(monkeypatch, *flags, "--out", out, "--eta", 0.5)
+
+    run_train("--steps", 1, "--out", tmp_path / "v", "--prediction", "v", "--grid-samples", 0)
+    assert losses(tmp_path / "v") != losses(trained.parent)
+    ckpt = sample.load_checkpoint(tmp_path / "v" / "ckpt.pt")
+    with pytest.raises(ValueError, match="--prediction v, not eps"):
+        train.check_resume({"prediction": "eps"}, ckpt["config"], tmp_path)
+    run_sample(monkeypatch, "--ckpt", tmp_path / "v" / "ckpt.pt", "--num", 1, "--out", tmp_path / "v.npy")
+    net = sample.load_network(ckpt, "ema", torch.device("cpu"))
+    assert np.array_equal(np.load(tmp_path / "v.npy"), draw(net, Diffusion(8, "cpu", "v"), 0, [0], (3, 5, 8, 8)))
+
+
+@pytest.mark.parametrize("flags, settings", [
+    ("", (None, None)), ("--sampler ddim", (8, 0)), ("--sampler ddim --sampling-steps 3 --eta 0.5", (3, 0.5)),
+    ("--sampling-steps 8", "--sampling-steps 8 goes with --sampler ddim"), ("--eta 0", "--eta 0.0 goes with --sampler"),
+    ("--sampler ddim --sampling-steps 9", "--sampling-steps 9: the checkpoint has 8 diffusion steps")])
+def test_sampler_settings(flags, settings, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags.split()])
+    args = sample.parse_args()
+    if isinstance(settings, tuple):
+        assert sample.sampler_settings(args, 8) == settings
+    else:
+        with pytest.raises(ValueError, match=settings):
+            sample.sampler_settings(args, 8)
+
+
 def test_stopped_sampling_goes_on(trained, tmp_path, monkeypatch):
     flags = ["--ckpt", trained, "--num", 5, "--batch-size", 2]
     run_sample(monkeypatch, *flags, "--out", tmp_path / "whole.npy")
@@ -1215,6 +1325,7 @@ def test_a_checkpoint_never_runs_code(tmp_path, monkeypatch):
     ("sample", "--ckpt text.mp4", "text.mp4 is damaged or no checkpoint"), ("sample", "--num 0", "'0'"),
     ("sample", "--ckpt code.pt", "code.pt is refused"), ("sample", "--ckpt other.pt", "lacks config"),
     ("sample", "--ckpt short.npy", "short.npy"), ("sample", "--weights best", "best"),
+    ("sample", "--eta 1.5", "'1.5'"), ("sample", "--sampler euler", "euler"), ("train", "--prediction x0", "x0"),
     ("data", "empty --size 8 --out x.npy", "empty holds no videos"),
     ("data", "missing --size 8 --out x.npy", "missing"),
     ("data", "text.mp4 --size 8 --out x.npy", "none of the 1 videos is usable"),

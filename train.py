@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import fvd
 from data import DataError, MazeVideos, batches, open_videos, to_float
-from diffusion import Diffusion, training_noise
+from diffusion import PREDICTIONS, Diffusion, training_noise
 from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
 from s4d import kernels_once
 from sample import (CheckpointError, Parser, autocast, choose_device, draw, load_checkpoint, non_negative_int,
@@ -133,7 +133,8 @@ def make_parser():
 
     group = parser.add_argument_group("diffusion")
     group.add_argument("--diffusion-steps", type=positive_int, default=256, help="T")
-    group.add_argument("--loss", choices=("l2", "l1"), default="l2", help="of the predicted noise")
+    group.add_argument("--prediction", choices=PREDICTIONS, default="eps", help="what the network predicts: noise, or v")
+    group.add_argument("--loss", choices=("l2", "l1"), default="l2", help="of what the network predicts")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--steps", type=positive_int, default=92_000, help="training steps in all")
@@ -567,7 +568,7 @@ def train(args):
         trim_log(log_path, first_step)
 
     # ---- network, EMA, optimiser
-    diffusion = Diffusion(args.diffusion_steps, device)
+    diffusion = Diffusion(args.diffusion_steps, device, args.prediction)
     net.to(device)
     ema = UNet3D(net.config).to(device).requires_grad_(False).eval()
     ema.load_state_dict(net.state_dict())
