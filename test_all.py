@@ -2764,12 +2764,36 @@ def test_bench_compares_and_keeps_what_does_not_fit(monkeypatch, capsys, tmp_pat
     (["--size", 12], "needs height and width divisible by 8"), (["--state-size", 7], "state_size is 7"),
     (["--out", "missing/bench.md"], "missing/bench.md"), (["--out", "bench.txt"], "ends in .md"),
     (["--temporal", "lstm"], "lstm"), (["--frames", 0], "from 1 on"), (["--memory-gb", "-1"], "above 0"),
-    (["--device", "tpu"], "--device tpu")])
+    (["--device", "tpu"], "--device tpu"), (["--budget-gb", 0], "above 0"),
+    (["--budget-gb", 1, "--what", "sample"], "--budget-gb is about the training step")])
 def test_bench_refuses_in_one_line(flags, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         bench_command(monkeypatch, "--base-channels", 8, "--frames", 2, *flags)
     said = str(stop.value.code) if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert said.startswith("bench.py: ") and message in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("first", [8, 40, 200])
+def test_the_widest_network_within_a_budget(first, monkeypatch, capsys, tmp_path):
+    """Memory that grows by 0.1 GB a base channel; the allocator fails above 100."""
+    def compare(rows, args, bar):
+        [row], base = rows, args.base_channels
+        tried.append((row, args))
+        row.parameters, row.out_of_memory = 2**27, base > 100                                       # 0.5 GB
+        row.steps = [] if base > 100 else [(base / 2, (base / 10 - 0.5) * 2**30)]
+
+    tried = []
+    monkeypatch.setattr(bench, "compare", compare)
+    for budget, cells in ((0.7, "none | – | – | – | 0.80 GB (base 8)"), (4.7, "40 | 134.22 M | 4.00 | 20 | 4.80 GB"),
+                          (24, "96 | 134.22 M | 9.60 | 48 | out of memory")):
+        bench_command(monkeypatch, "--budget-gb", budget, "--frames", 2, "--size", 8, "--base-channels", first,
+                      "--temporal", "ssm", "attention", "--out", tmp_path / "budget.md")
+        printed = capsys.readouterr().out
+        assert [f"| 2 | {temporal} | {cells} |" for temporal in ("ssm", "attention")] == printed.splitlines()[-2:]
+        assert (tmp_path / "budget.md").read_text() == printed
+    with torch.device("meta"):
+        config = bench.build(*tried[0]).config
+    assert (config.temporal, config.base_channels, config.heads, config.time_dim) == ("ssm", first, first // 8, 32 * first)
 
 
 @pytest.mark.parametrize("exitcode, outcome", [
