@@ -17,6 +17,7 @@ Glossary (Ho et al. 2020, "DDPM", arXiv 2006.11239, whose equation numbers stand
     η           noise that DDIM adds (Song et al. 2021, arXiv 2010.02502): 0 none, 1 as much as the posterior has
 Every random number is a function of a key such as (seed, step, sample index): see `key_to_seed`.
 """
+import functools
 import hashlib
 import math
 
@@ -151,6 +152,24 @@ class Diffusion:
         return x
 
 
+def with_guidance(net, labels, null, guidance=1.0):
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): a network (x_t, t) -> output for `sample`.
+
+    net: (x_t, t, labels) -> output, of any prediction. labels: (b,) int. null: the label of no class.
+    guidance: w; 1: the network's own output for the labels, 0: for no class.
+    """
+    if guidance == 1:
+        return functools.partial(net, labels=labels)
+    both = torch.cat([labels, torch.full_like(labels, null)])
+
+    def guided(x_t, t):
+        # Eq. 6, whose own w is ours - 1: ε̃ = ε_∅ + w (ε_c - ε_∅)
+        of_class, of_none = net(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float().chunk(2)
+        return of_none + guidance * (of_class - of_none)
+
+    return guided
+
+
 def extract(table, t, like):
     """table[t] as (b, 1, ..., 1), to be multiplied with `like` (b, ...)."""
     return table[t].view(-1, *[1] * (like.dim() - 1))
@@ -178,6 +197,11 @@ def training_noise(shape, seed, step, indices, T, device="cpu"):
     generators = [torch.Generator(device).manual_seed(key_to_seed("train", seed, step, i)) for i in indices]
     t = torch.cat([torch.randint(T, (1,), generator=g, device=device) for g in generators])
     return t, randn_each(shape, generators)
+
+
+def label_dropped(rate, seed, step, index):
+    """Whether a training step hides a sample's label: a function of (seed, step, index), true at the given rate."""
+    return key_to_seed("label dropout", seed, step, index) % 2 ** 32 < rate * 2 ** 32
 
 
 def randn_each(shape, generators):

@@ -4,6 +4,7 @@
     python sample.py --ckpt out/minerl-400-ssm/ckpt.pt --num 1000 --batch-size 8 --out samples.npy
     torchrun --nproc-per-node 8 sample.py --num-samples 1000      # the same samples, shared among 8
     python sample.py --frames 800                                 # longer than the network was trained on
+    python sample.py --class Archery --guidance 2                 # of a class, from a checkpoint of train.py --classes
     python sample.py --sampler ddim --sampling-steps 50           # DDIM: 50 network calls instead of 256
 
 Writes NAME.npy, uint8 (num, frames, height, width, 3), which data.py reads; NAME.npy.json, what it was drawn
@@ -14,6 +15,7 @@ again by the same command, it goes on where it was. On several machines --out mu
 import argparse
 import contextlib
 import datetime
+import difflib
 import hashlib
 import io
 import json
@@ -32,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import to_uint8
-from diffusion import Diffusion, sample_generators
+from diffusion import Diffusion, sample_generators, with_guidance
 from model import UNet3D, UNetConfig
 from s4d import kernels_once
 
@@ -60,14 +62,18 @@ def positive_int(text):
     return int(text)
 
 
-def from_0_to_1(text):
+def non_negative_float(text, most=math.inf):
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    if not 0 <= value <= most or value == math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 " + ("on" if most == math.inf else f"to {most}"))
     return value
+
+
+def from_0_to_1(text):
+    return non_negative_float(text, most=1)
 
 
 def choose_device(name=None):
@@ -157,26 +163,34 @@ def load_network(ckpt, weights, device):
     return net.to(device).eval().requires_grad_(False)
 
 
-def draw(net, diffusion, seed, indices, shape, precision="auto", progress=None, steps=None, eta=None):
+def draw(net, diffusion, seed, indices, shape, precision="auto", progress=None, steps=None, eta=None,
+         labels=None, guidance=1.0):
     """Draw the samples of the given indices, shape (c, f, h, w) -> uint8 array (len(indices), f, h, w, 3).
 
     steps, eta: of DDIM; none: ancestral sampling, see `Diffusion.sample`.
+    labels, guidance: a class for each, of a network with classes, and the scale of `with_guidance`.
     """
     device = torch.device(diffusion.device)
+    denoiser = net
+    if labels is not None:
+        denoiser = with_guidance(net, torch.tensor(labels, device=device), net.config.classes, guidance)
     with autocast(device, precision), kernels_once(net, shape[1]):
         generators = sample_generators(seed, indices, device)
-        x = diffusion.sample(net, (len(indices), *shape), generators, progress, steps, eta)
+        x = diffusion.sample(denoiser, (len(indices), *shape), generators, progress, steps, eta)
     return to_uint8(x).cpu().numpy()
 
 
-def fitting_batch_size(net, shape, precision, device):
-    """How many videos of `shape` (c, f, h, w) to draw at once: on CUDA as many as fit its free memory, up to 64."""
+def fitting_batch_size(net, shape, precision, device, branches=1):
+    """How many videos of `shape` (c, f, h, w) to draw at once: on CUDA as many as fit its free memory, up to 64.
+
+    branches: calls of the network for each, in one batch: 2 with guidance.
+    """
     if device.type != "cuda":
         return 8
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with autocast(device, precision), torch.no_grad():
-        net(torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.long, device=device))
+        net(torch.zeros(branches, *shape, device=device), torch.zeros(branches, dtype=torch.long, device=device))
     per_video = torch.cuda.max_memory_allocated() - before
     torch.cuda.empty_cache()
     return max(1, min(64, int(0.8 * torch.cuda.mem_get_info()[0] / per_video)))
@@ -265,6 +279,10 @@ def parse_args():
     parser.add_argument("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="ancestral, all steps; or DDIM")
     parser.add_argument("--sampling-steps", type=positive_int, help="of ddim; none: 50, or all where there are fewer")
     parser.add_argument("--eta", type=from_0_to_1, help="of ddim; none: 0, deterministic; 1: with the posterior's noise")
+    parser.add_argument("--class", dest="label", metavar="NAME",
+                        help="class to draw, of a checkpoint with classes; none: sample i has the class i mod their number")
+    parser.add_argument("--guidance", type=non_negative_float, default=1.0,
+                        help="of classes: 1: the class as learned, more: more of it, at twice the time; 0: of no class")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the latest")
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; a CUDA graph on CUDA")
@@ -286,6 +304,27 @@ def sampler_settings(args, T):
     return None, None
 
 
+def chosen_labels(args, classes):
+    """-> the class number of each sample, from the flags and the class names of the checkpoint; None if it has none.
+
+    Raises ValueError for flags that do not fit.
+    """
+    if not classes:
+        for flag, value in (("--class", args.label), ("--guidance", args.guidance if args.guidance != 1 else None)):
+            if value is not None:
+                raise ValueError(f"{flag} {value}: the checkpoint was trained without classes; leave it out, or train one "
+                                 "with train.py --classes")
+        return None
+    if args.label is None:
+        return [i % len(classes) for i in range(args.num)]
+    if args.label not in classes:
+        lower = {name.lower(): name for name in classes}
+        close = [lower[name] for name in difflib.get_close_matches(args.label.lower(), lower)] or classes[:10]
+        raise ValueError(f"--class {args.label}: not one of the checkpoint's {len(classes)} classes, such as "
+                         f"{', '.join(close)}")
+    return [classes.index(args.label)] * args.num
+
+
 def main():
     args = parse_args()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -302,6 +341,10 @@ def main():
     diffusion = Diffusion(config["diffusion_steps"], device, config.get("prediction", "eps"))
     steps, eta = sampler_settings(args, diffusion.T)
     sampling_steps = steps or diffusion.T
+    classes = config.get("classes") or []
+    if len(classes) != net.config.classes:
+        raise CheckpointError(f"{path} has {len(classes)} names for {net.config.classes} classes; expected one each")
+    labels = chosen_labels(args, classes)
     shape = (net.config.video_channels, frames, size, size)
 
     out = args.out or path.with_name(f"samples_{ckpt['step']:07d}.npy")
@@ -316,6 +359,8 @@ def main():
                "precision": choose_precision(device, args.precision)}
     if eta is not None:
         request["eta"] = eta
+    if labels:
+        request |= {"guidance": args.guidance, "labels": [classes[label] for label in labels]}
     batch_size = args.batch_size
     if about.exists():
         recorded = None
@@ -338,7 +383,8 @@ def main():
         dist.init_process_group("gloo", timeout=datetime.timedelta(hours=24))
         agree(request)
     # one batch size for all processes, which share the batches among them
-    batch_size = torch.tensor(batch_size or fitting_batch_size(net, shape, args.precision, device))
+    batch_size = torch.tensor(batch_size or fitting_batch_size(net, shape, args.precision, device,
+                                                                     1 if args.guidance == 1 else 2))
     if world_size > 1:
         dist.all_reduce(batch_size, dist.ReduceOp.MIN)
     batch_size = min(batch_size.item(), math.ceil(args.num / world_size))  # smaller if not all would have one
@@ -370,7 +416,8 @@ def main():
                 bar.update()
 
         for batch in mine:
-            videos = draw(net, diffusion, args.seed, batch, shape, args.precision, progress, steps, eta)
+            videos = draw(net, diffusion, args.seed, batch, shape, args.precision, progress, steps, eta,
+                          [labels[i] for i in batch] if labels else None, args.guidance)
             for i, video in zip(batch, videos):
                 replace_with(parts[i], lambda temporary, video=video: write_array(temporary, video.shape, [video]))
     if world_size > 1:

@@ -1,5 +1,6 @@
 """The tests, on the CPU, without a network: python -m pytest -q test_all.py"""
 import contextlib
+import hashlib
 import http.server
 import importlib.util
 import json
@@ -38,7 +39,7 @@ import sample
 import train
 from bench import TextbookTemporalSSM
 from data import MazeVideos
-from diffusion import Diffusion, sample_generators, training_noise
+from diffusion import Diffusion, label_dropped, sample_generators, training_noise, with_guidance
 from model import UNet3D, UNetConfig
 from s4d import S4D, S4DKernel, TemporalSSM
 from sample import draw, run
@@ -612,6 +613,28 @@ def test_network_refuses(shape, t, words):
         UNet3D(UNetConfig(**TINY))(torch.randn(shape), torch.zeros(t, dtype=torch.long))
 
 
+def test_classes_are_added_and_change_no_other_first_weight():
+    nets = []
+    for classes in (0, 3):
+        torch.manual_seed(0)
+        nets.append(UNet3D(UNetConfig(**TINY, classes=classes)))
+    plain, net = nets
+    weights = net.state_dict()
+    assert list(weights)[:-1] == list(plain.state_dict()) and list(weights)[-1] == "class_embedding.weight"
+    assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())
+    x, t = torch.randn(2, 3, 4, 8, 8), torch.tensor([3, 7])
+    outputs = [net(x, t, torch.tensor([label, label])) for label in range(4)]
+    assert all((outputs[i] - outputs[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
+    assert torch.equal(net(x, t), outputs[3]), "no labels: no class"
+    with torch.no_grad():
+        net.class_embedding.weight[1] = 0
+    assert torch.equal(net(x, t, torch.tensor([1, 1])), plain(x, t))
+    assert train.parts(net)["time"] - train.parts(plain)["time"] == 4 * TINY["time_dim"]
+    for network, labels in [(plain, torch.tensor([0, 0])), (net, torch.tensor([0]))]:
+        with pytest.raises(ValueError, match="labels have shape .* expected"):
+            network(x, t, labels)
+
+
 def test_an_unknown_temporal_layer_is_refused_with_the_names():
     with pytest.raises(ValueError, match="'lstm'.*ssm, attention, linear-attention, gss, mamba, none"):
         UNet3D(UNetConfig("lstm"))
@@ -748,6 +771,37 @@ def test_losses():
     assert torch.allclose(process.loss(lambda x, t: noise - 2, x_0, t, noise, "l1"), torch.full((3,), 2.0))
     with pytest.raises(ValueError, match="'huber'"):
         process.loss(lambda x, t: noise, x_0, t, noise, "huber")
+
+
+def test_guidance_is_one_call_for_both_branches():
+    calls = []
+
+    def net(x_t, t, labels):
+        calls.append(labels.tolist())
+        return x_t * (1 + labels.view(-1, 1) + t.view(-1, 1))
+
+    x_t, t, labels = torch.randn(2, 3), torch.tensor([5, 5]), torch.tensor([1, 2])
+    of_class, of_none = net(x_t, t, labels), net(x_t, t, torch.tensor([9, 9]))
+    calls.clear()
+    assert torch.equal(with_guidance(net, labels, null=9)(x_t, t), of_class)
+    for guidance, expected in [(0, of_none), (3, 3 * of_class - 2 * of_none)]:
+        assert torch.allclose(with_guidance(net, labels, 9, guidance)(x_t, t), expected, atol=1e-5)
+    assert calls == [[1, 2], [1, 2, 9, 9], [1, 2, 9, 9]]
+
+
+def test_a_tenth_of_the_labels_is_dropped_by_seed_step_and_index():
+    dropped = np.array([[label_dropped(0.1, 0, step, i) for i in range(50)] for step in range(50)])
+    assert 0.08 < dropped.mean() < 0.12 and dropped.any(0).mean() > 0.9 and dropped.any(1).mean() > 0.9
+    assert (dropped != [[label_dropped(0.1, 1, step, i) for i in range(50)] for step in range(50)]).any()
+    args = SimpleNamespace(classes=data.class_names("maze"), seed=0)
+    labels = train.training_labels(MazeVideos(2, 8), args, 7, range(40), "cpu")
+    for rank in range(2):
+        mine = range(20 * rank, 20 * rank + 20)
+        assert torch.equal(train.training_labels(MazeVideos(2, 8), args, 7, mine, "cpu"), labels[mine])
+    for i, label in enumerate(labels):
+        name = MazeVideos(2, 8).label(0, 7, i)
+        assert label == (8 if dropped[7, i] else args.classes.index(name))
+    assert train.training_labels(MazeVideos(2, 8), SimpleNamespace(classes=None), 7, range(4), "cpu") is None
 
 
 def test_training_noise_is_a_function_of_seed_step_and_index():
@@ -1197,6 +1251,8 @@ def test_step_memory_is_that_of_a_step():
 
 # ------------------------------------------------------------------------------------------------ sampling
 
+CLASSES = ["Archery", "Bowling", "YoYo"]
+
 
 @pytest.fixture
 def trained(run_train, tmp_path):
@@ -1230,6 +1286,61 @@ def test_sample_writes_what_data_reads(trained, tmp_path, monkeypatch, capsys):
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(ValueError, match="belongs to other samples"):
         run_sample(monkeypatch, "--num", 4)
+
+
+def test_class_conditional_by_the_commands(run_train, tmp_path, monkeypatch):
+    for number, (name, split) in enumerate([("Archery", "train"), ("Bowling", "train"), ("YoYo", "test")]):
+        folder = tmp_path / "videos" / split / name
+        folder.mkdir(parents=True)
+        np.save(folder / "a.npy", np.full((6, 8, 8, 3), 40 * number, np.uint8))
+    index = data.pack(tmp_path / "videos", tmp_path / "packed.npy", size=8, workers=1)
+    assert [video["label"] for video in index["videos"]] == ["YoYo", "Archery", "Bowling"]
+    assert data.class_names(tmp_path / "packed.npy") == data.class_names(tmp_path / "videos") == CLASSES
+    videos = data.PackedVideos(tmp_path / "packed.npy", 5, 8, "all")
+    assert all(videos.clip(0, i)[0, 0, 0, 0] == 40 * CLASSES.index(videos.label(0, i)) for i in range(20))
+
+    flags = ["--data", tmp_path / "packed.npy", "--classes", "--grid-samples", 2, "--out", tmp_path / "run"]
+    run_train(*flags, "--steps", 1, "--grad-accum", 2)
+    ckpt = sample.load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert ckpt["config"]["classes"] == CLASSES and ckpt["unet"]["classes"] == 3
+    for classes, words in [(None, r"--classes \(3: Archery, Bowling, YoYo\), not no --classes"),
+                           (["blue"], r"YoYo\), not --classes \(1: blue\)")]:
+        with pytest.raises(ValueError, match=words):
+            train.check_resume({"classes": classes}, ckpt["config"], tmp_path)
+    with pytest.raises(ValueError, match="has no labels"):
+        run_train("--classes", "--data", write_npy(tmp_path / "plain.npy", 6))
+
+    flags, out = ["--ckpt", tmp_path / "run" / "ckpt.pt", "--sampler", "ddim", "--num", 4], tmp_path / "turns.npy"
+    run_sample(monkeypatch, *flags, "--out", out)
+    assert json.loads((tmp_path / "turns.npy.json").read_text())["labels"] == [*CLASSES, "Archery"]
+    assert [video["label"] for video in data.PackedVideos(out, 5, 8).videos] == [*CLASSES, "Archery"]
+    assert data.class_names(out) == CLASSES
+    run_sample(monkeypatch, *flags, "--out", tmp_path / "b.npy", "--class", "Bowling", "--guidance", 2)
+    about = json.loads((tmp_path / "b.npy.json").read_text())
+    assert about["labels"] == ["Bowling"] * 4 and about["guidance"] == 2
+    net = sample.load_network(ckpt, "ema", torch.device("cpu"))
+    settings = dict(steps=8, eta=0, labels=[1] * 4, guidance=2)
+    assert np.array_equal(np.load(tmp_path / "b.npy"), draw(net, Diffusion(8), 0, range(4), (3, 5, 8, 8), **settings))
+    assert not np.array_equal(np.load(tmp_path / "b.npy"), np.load(out))
+    (tmp_path / "turns.npy.json").write_text('{"labels": ["Archery"]}')
+    with pytest.raises(data.DataError, match="do not fit the 4 videos"):
+        data.PackedVideos(out, 5, 8)
+
+
+@pytest.mark.parametrize("flags, classes, labels", [
+    ("", [], None), ("--num 4", CLASSES, [0, 1, 2, 0]), ("--class YoYo --num 2", CLASSES, [2, 2]),
+    ("--class yoyoo", CLASSES, "--class yoyoo: not one of the checkpoint's 3 classes, such as YoYo$"),
+    ("--class x", CLASSES, "such as Archery, Bowling, YoYo$"),
+    ("--class YoYo", [], "--class YoYo: the checkpoint was trained without classes"),
+    ("--guidance 2", [], "--guidance 2.0: the checkpoint was trained without classes")])
+def test_chosen_labels(flags, classes, labels, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags.split()])
+    args = sample.parse_args()
+    if isinstance(labels, str):
+        with pytest.raises(ValueError, match=labels):
+            sample.chosen_labels(args, classes)
+    else:
+        assert sample.chosen_labels(args, classes) == labels
 
 
 def test_ddim_and_v_by_the_command(trained, run_train, tmp_path, monkeypatch, capsys):
@@ -1325,7 +1436,8 @@ def test_a_checkpoint_never_runs_code(tmp_path, monkeypatch):
     ("sample", "--ckpt text.mp4", "text.mp4 is damaged or no checkpoint"), ("sample", "--num 0", "'0'"),
     ("sample", "--ckpt code.pt", "code.pt is refused"), ("sample", "--ckpt other.pt", "lacks config"),
     ("sample", "--ckpt short.npy", "short.npy"), ("sample", "--weights best", "best"),
-    ("sample", "--eta 1.5", "'1.5'"), ("sample", "--sampler euler", "euler"), ("train", "--prediction x0", "x0"),
+    ("sample", "--eta 1.5", "'1.5'"), ("sample", "--guidance -1", "'-1'"), ("sample", "--sampler euler", "euler"),
+    ("train", "--prediction x0", "x0"),
     ("data", "empty --size 8 --out x.npy", "empty holds no videos"),
     ("data", "missing --size 8 --out x.npy", "missing"),
     ("data", "text.mp4 --size 8 --out x.npy", "none of the 1 videos is usable"),
@@ -1468,6 +1580,19 @@ def test_maze_pictures_have_sky_above_walls_above_floor():
     assert (video[:, 0, :, 2] - video[:, 0, :, 0] > 60).mean() > 0.5, "blue at the top"
     assert (np.ptp(video[:, -1], axis=-1) < 40).mean() > 0.7, "grey at the bottom"
     assert (np.ptp(video[:, 7:9], axis=-1) > 60).mean() > 0.7, "bright colours in the middle"
+
+
+def test_mazes_have_labels_and_the_same_pictures():
+    digest = hashlib.sha256(data.maze_walk(3, 5, 40, 16).tobytes()).hexdigest()
+    assert digest == "846c1ec5378d7026fa69af54cd1208c36bb67875801417ad65bf08d440873bfc", "as before there were labels"
+    videos = MazeVideos(16, 16)
+    labels = [videos.label(0, i) for i in range(100)]
+    assert set(labels) == set(data.class_names(None)) == set(data.COLOUR_NAMES) and len(set(data.COLOUR_NAMES)) == 8
+    agreed = [data.wall_colour(videos.clip(0, i)) == label for i, label in enumerate(labels)]
+    assert 0.5 < np.mean(agreed) < 0.9, "a short clip may see more of other colours"
+    for name, colour in zip(data.COLOUR_NAMES, data.WALL_COLOURS):
+        walls = np.broadcast_to(np.stack([colour, colour * data.DIM_SIDE / 2, data.SKY, data.FLOOR]), (2, 5, 4, 3))
+        assert data.wall_colour(walls.astype(np.uint8)) == name
 
 
 @pytest.mark.parametrize("frames, size", [(1, 8), (3, 9), (2, 200)])

@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 8 train.py --temporal ssm --frames 400      # the paper's 400-frame column, on mazes
     torchrun --nproc-per-node 8 train.py --preset minerl-64 --data minerl.npy --temporal attention
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --frames 200
+    python train.py --preset tiny --classes                               # class-conditional: mazes by wall colour
     python train.py --preset minerl-400 --dry-run                         # what would be trained
 
 --out DIR (default out/PRESET-TEMPORAL) gets config.json, log.jsonl, samples/, ckpt.pt (ckpt_previous.pt is the one before)
@@ -15,6 +16,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import json
 import math
 import os
@@ -22,6 +24,7 @@ import re
 import resource
 import signal
 import sys
+import textwrap
 import time
 import weakref
 from pathlib import Path
@@ -35,8 +38,8 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import fvd
-from data import DataError, MazeVideos, batches, open_videos, to_float
-from diffusion import PREDICTIONS, Diffusion, training_noise
+from data import DataError, MazeVideos, batches, class_names, open_videos, to_float
+from diffusion import PREDICTIONS, Diffusion, label_dropped, training_noise
 from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
 from s4d import kernels_once
 from sample import (CheckpointError, Parser, autocast, choose_device, draw, load_checkpoint, non_negative_int,
@@ -72,6 +75,8 @@ MAY_CHANGE = {"preset", "steps", "log_every", "eval_every", "sample_every", "sav
               "compile", "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips",
               "grid_samples", "attention_impl", "fvd_every", "fvd_videos", "i3d"}
 
+LABEL_DROPOUT = 0.1  # share of the labels that training hides, so that the network learns to do without, too
+
 
 class NotFinite(ValueError):
     """The loss or the gradient became NaN or infinite."""
@@ -105,6 +110,8 @@ def make_parser():
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="maze", help="packed .npy file, folder of videos, or the embedded maze walks")
     group.add_argument("--split", choices=("train", "test", "all"), default="train", help="videos to train on")
+    group.add_argument("--classes", action="store_const", const=True,
+                       help="class-conditional, by the data's labels: class folders, the mazes' main wall colour")
     group.add_argument("--frames", type=positive_int, default=16, help="frames per clip")
     group.add_argument("--size", type=positive_int, default=32, help="height and width")
     group.add_argument("--workers", type=non_negative_int, default=2, help="data loader workers of each process")
@@ -195,6 +202,10 @@ def parse_args(argv=None):
         parser.error(refused)
     args.heads = args.heads or max(1, args.base_channels // 8)
     args.time_dim = args.time_dim or 32 * args.base_channels
+    if args.classes:
+        args.classes = class_names(args.data)  # from here on the names; None without --classes
+        if not args.classes:
+            raise ValueError(f"--classes: {args.data} has no labels; expected videos in class folders, or leave it out")
     config = unet_config(args)
     args.mlp_dim, args.state_size = config.mlp_dim, config.state_size
     args.preset = preset
@@ -223,7 +234,8 @@ def unet_config(args):
                       time_dim=args.time_dim, heads=args.heads, head_dim=args.head_dim,
                       attention_impl=args.attention_impl, state_size=args.state_size, mlp_dim=args.mlp_dim,
                       mlp_layers=args.mlp_layers, mlp_position=args.mlp_position,
-                      bidirectional=not args.unidirectional, skip=args.skip, ssm=args.ssm)
+                      bidirectional=not args.unidirectional, skip=args.skip, ssm=args.ssm,
+                      classes=len(args.classes or []))
 
 
 def check_args(args, world_size):
@@ -316,11 +328,18 @@ def check_resume(config, saved, out):
         if old == new:
             continue
         flag = "--" + name.replace("_", "-")
+        if name == "classes":
+            raise ValueError(f"{out} holds a run with {some_names(old)}, not {some_names(new)}; give the same --data and "
+                             "--classes, or not, to go on with it, or another --out for a new run")
         if name not in MAY_CHANGE:
             raise ValueError(f"{out} holds a run with {flag} {old}, not {new}; give {flag} {old} to go on with it, or "
                              "another --out for a new run")
         lines.append(f"changed: {flag} {old} -> {new}")
     return lines
+
+
+def some_names(classes):
+    return f"--classes ({len(classes)}: {textwrap.shorten(', '.join(classes), 60)})" if classes else "no --classes"
 
 
 def trim_log(path, step):
@@ -407,12 +426,31 @@ def parts(net):
     counts = {"temporal": 0, "time": 0, "spatial": 0}
     for name, parameter in net.named_parameters():
         part = "temporal" if re.search("temporal|position_bias", name) else \
-            "time" if re.search("time_mlp|to_scale_shift", name) else "spatial"
+            "time" if re.search("time_mlp|to_scale_shift|class_embedding", name) else "spatial"
         counts[part] += parameter.numel()
     return counts
 
 
 # ---------------------------------------------------------------------------------------- training
+
+
+def label_indices(labels, classes, device):
+    """Labels, names or None, -> (b,) int: what the network takes, len(classes) standing for no class."""
+    numbers = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([numbers.get(label, len(classes)) for label in labels], device=device)
+
+
+def training_labels(videos, args, step, indices, device):
+    """-> the labels (b,) of a training step's clips, LABEL_DROPOUT of them hidden; None for a network without classes."""
+    if not args.classes:
+        return None
+    return label_indices([None if label_dropped(LABEL_DROPOUT, args.seed, step, i) else videos.label(args.seed, step, i)
+                          for i in indices], args.classes, device)
+
+
+def sample_labels(args, indices):
+    """-> labels for `draw`: sample i has class i mod n; None for a network without classes."""
+    return [i % len(args.classes) for i in indices] if args.classes else None
 
 
 @torch.no_grad()
@@ -428,7 +466,8 @@ def held_out_loss(net, diffusion, videos, args, device, rank, world_size):
             draws = [training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T) for quartile in range(4)]
             t = torch.cat([(quartile * diffusion.T + t) // 4 for quartile, (t, _) in enumerate(draws)]).to(device)
             noise = torch.cat([noise for _, noise in draws]).to(device)                     # 4 c f h w
-            losses[i] = diffusion.loss(net, x_0.expand_as(noise), t, noise, args.loss)
+            labels = label_indices([videos.label(i)] * 4, args.classes, device) if args.classes else None
+            losses[i] = diffusion.loss(functools.partial(net, labels=labels), x_0.expand_as(noise), t, noise, args.loss)
     if world_size > 1:
         dist.all_reduce(losses)
     return losses.mean(0)
@@ -444,7 +483,8 @@ def sample_grid(net, diffusion, args, path, rank, world_size):
             return tqdm(steps, desc="sampling", leave=False, disable=True if rank else None)
 
         shape = (net.config.video_channels, args.frames, args.size, args.size)
-        drawn = draw(net, diffusion, args.seed, indices, shape, args.precision, progress)
+        drawn = draw(net, diffusion, args.seed, indices, shape, args.precision, progress,
+                     labels=sample_labels(args, indices))
         videos[list(indices)] = torch.from_numpy(drawn).to(videos.device)
     if world_size > 1:
         dist.all_reduce(videos)
@@ -461,7 +501,7 @@ def sampled_fvd(net, i3d, diffusion, videos, args, rank, world_size):
     for first in tqdm(range(0, len(mine), share), desc="FVD", leave=False, disable=True if rank else None):
         indices = mine[first:first + share]
         shape = (net.config.video_channels, args.frames, args.size, args.size)
-        drawn = draw(net, diffusion, args.seed, indices, shape, args.precision)
+        drawn = draw(net, diffusion, args.seed, indices, shape, args.precision, labels=sample_labels(args, indices))
         fake.update(fvd.i3d_features(i3d, drawn))
         real.update(fvd.i3d_features(i3d, np.stack([videos.clip(i) for i in indices])))
     return fvd.distance(real.gather(), fake.gather())
@@ -660,13 +700,16 @@ def train(args):
     for step, batch in enumerate(loader, start=first_step + 1):
         x_0 = to_float(batch.to(device, non_blocking=True))                                 # share c f h w
         t, noise = training_noise(x_0.shape[1:], args.seed, step - 1, indices, diffusion.T, device)
+        labels = training_labels(videos, args, step - 1, indices, device)
         loss_sum = torch.zeros((), device=device)
         micro_batches = list(zip(*(tensor.chunk(args.grad_accum) for tensor in (x_0, t, noise))))
-        for micro_batch in micro_batches:
+        micro_labels = labels.chunk(args.grad_accum) if args.classes else [None] * args.grad_accum
+        for micro_batch, labels in zip(micro_batches, micro_labels):
             last = micro_batch is micro_batches[-1]
             with contextlib.nullcontext() if last or world_size == 1 else forward.no_sync():
                 with autocast(device, args.precision):
-                    loss = diffusion.loss(forward, *micro_batch, kind=args.loss).mean() / args.grad_accum
+                    denoiser = functools.partial(forward, labels=labels)
+                    loss = diffusion.loss(denoiser, *micro_batch, kind=args.loss).mean() / args.grad_accum
                 loss.backward()
             loss_sum += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
