@@ -419,6 +419,21 @@ def reconstruction_weight(args, conditional):
     return CONDITION_WEIGHT if args.condition_weight is None else args.condition_weight
 
 
+def conditioning(args, frames, size):
+    """-> given frames' numbers, those frames of each clip, blocks and w_r, as `draw` takes them, and a record of what
+    shapes the samples, from the flags. Raises ValueError."""
+    given, clips = read_condition(args, frames, size)
+    blocks = plan_blocks(args, frames, given)
+    weight = reconstruction_weight(args, conditional=given or len(blocks) > 1)
+    record = {"condition_weight": weight} if given or len(blocks) > 1 else {}
+    if given:
+        digest = hashlib.sha256(b"".join(clip.tobytes() for clip in clips)).hexdigest()
+        record |= {"condition": args.condition.name, "condition_sha256": digest, "given": given}
+    if len(blocks) > 1:
+        record["blocks"] = [[block.start, block.stop] for block in blocks]
+    return given, clips, blocks, weight, record
+
+
 def main():
     args = parse_args()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -439,11 +454,8 @@ def main():
     if len(classes) != net.config.classes:
         raise CheckpointError(f"{path} has {len(classes)} names for {net.config.classes} classes; expected one each")
     labels = chosen_labels(args, classes)
-    given, clips = read_condition(args, frames, size)
-    blocks = plan_blocks(args, frames, given)
+    given, clips, blocks, weight, condition = conditioning(args, frames, size)
     window = blocks[0].stop - blocks[0].start
-    conditional = bool(given) or len(blocks) > 1
-    weight = reconstruction_weight(args, conditional)
     shape = (net.config.video_channels, frames, size, size)
 
     out = args.out or path.with_name(f"samples_{ckpt['step']:07d}.npy")
@@ -460,13 +472,7 @@ def main():
         request["eta"] = eta
     if labels:
         request |= {"guidance": args.guidance, "labels": [classes[label] for label in labels]}
-    if given:
-        request |= {"condition": args.condition.name, "given": given,
-                    "condition_sha256": hashlib.sha256(b"".join(clip.tobytes() for clip in clips)).hexdigest()}
-    if len(blocks) > 1:
-        request["blocks"] = [[block.start, block.stop] for block in blocks]
-    if conditional:
-        request["condition_weight"] = weight
+    request |= condition
     batch_size = args.batch_size
     if about.exists():
         recorded = None
@@ -490,7 +496,7 @@ def main():
         agree(request)
     # one batch size for all processes, which share the batches among them
     batch_size = torch.tensor(batch_size or fitting_batch_size(
-        net, (shape[0], window, size, size), args.precision, device, 1 if args.guidance == 1 else 2, conditional and weight > 0))
+        net, (shape[0], window, size, size), args.precision, device, 1 if args.guidance == 1 else 2, bool(condition) and weight > 0))
     if world_size > 1:
         dist.all_reduce(batch_size, dist.ReduceOp.MIN)
     batch_size = min(batch_size.item(), math.ceil(args.num / world_size))  # smaller if not all would have one
