@@ -391,6 +391,11 @@ class PackedVideos:
         video = np.searchsorted(self._first_windows, window, side="right") - 1
         return video, window - self._first_windows[video]
 
+    def video(self, i):
+        """-> all frames of self.videos[i], uint8 (length, size, size, 3)."""
+        start, length = self.videos[i]["start"], self.videos[i]["length"]
+        return self._pixels[start:start + length]
+
     def __getstate__(self):
         # A memory map pickles as a copy of all its data; worker processes open the file themselves instead.
         return {**self.__dict__, "_pixels": None}
@@ -643,6 +648,21 @@ def decode(path, size):
     if not small:
         raise ValueError("has no frames")
     return np.stack(small)
+
+
+def read_whole_videos(path, size):
+    """The videos of a packed or plain .npy file, or another kind of video file -> list of uint8 (frames, size, size, 3).
+
+    Raises DataError.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix.lower() == ".npy":
+        packed = PackedVideos(path, 1, size, "all")
+        return [packed.video(i) for i in range(len(packed.videos))]
+    video, reason = _decode_or_reason(path, size)
+    if reason:
+        raise DataError(f"{path} cannot be read as a video: {reason}")
+    return [video]
 
 
 def _read_tensor(path):

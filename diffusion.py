@@ -14,6 +14,7 @@ Glossary (Ho et al. 2020, "DDPM", arXiv 2006.11239, whose equation numbers stand
     v           √ᾱ_t ε - √(1 - ᾱ_t) x_0, which it may predict instead (Salimans & Ho 2022, arXiv 2202.00512)
     β_t, α_t    variance added at step t, α_t = 1 - β_t;  ᾱ_t = Π_{s≤t} α_s, and ᾱ_{-1} = 1
     β̃_t, μ̃_t    variance and mean of the posterior q(x_{t-1} | x_t, x_0)
+    x^a, x^b    of a video some of whose frames are given: those, and the others (Ho et al. 2022, arXiv 2204.03458)
     η           noise that DDIM adds (Song et al. 2021, arXiv 2010.02502): 0 none, 1 as much as the posterior has
 Every random number is a function of a key such as (seed, step, sample index): see `key_to_seed`.
 """
@@ -131,13 +132,32 @@ class Diffusion:
         x_s = before ** 0.5 * x_0 + max(0, 1 - before - sigma ** 2) ** 0.5 * eps
         return x_s + sigma * randn_each(shape, generators) if sigma > 0 else x_s
 
+    def denoise_given(self, net, x_t, t, x_a, given, weight):
+        """`denoise` of videos x_t (b, c, f, ...) whose frames `given` (f,), a bool each, are those of x_a, also (b, c, f, ...)
+        -> (b, c, f, ...), not clipped. weight: w_r of reconstruction guidance; 0: the network's x̂^b as it is."""
+        if weight == 0:
+            x_0 = self.denoise(net, x_t, t)
+        else:
+            with torch.enable_grad():
+                x_t = x_t.detach().requires_grad_()
+                x_0 = self.denoise(net, x_t, t)
+                error = (x_a - x_0)[:, :, given].square().sum()
+            [gradient] = torch.autograd.grad(error, x_t)
+            # Ho et al. 2022, Eq. 7, whose α_t is √ᾱ_t: x̃^b = x̂^b - w_r α_t / 2 ∇_{x_t^b} ‖x^a - x̂^a‖²
+            x_0 = x_0.detach() - weight * self.alpha_bars[t] ** 0.5 / 2 * gradient
+        return torch.where(given.view(-1, *[1] * (x_t.dim() - 3)), x_a, x_0)
+
     @torch.no_grad()
-    def sample(self, net, shape, generators, progress=None, steps=None, eta=None):
+    def sample(self, net, shape, generators, progress=None, steps=None, eta=None, known=None, weight=1.0):
         """Draw videos by ancestral sampling, Algorithm 2, or DDIM, with x̂_0 clipped to [-1, 1] at every step.
 
         shape: (b, c, f, h, w). generators: b torch.Generators on the diffusion's device, one per video, so that a
         video does not depend on what else is in its batch. progress: wraps the iterable of steps (tqdm, say).
         eta: η of DDIM, from 0 to 1; None: ancestral sampling. steps: how many, of DDIM, from 1 to T; None: T.
+        known: x_a (b, c, f, h, w) and given (f,), whether a frame is to be that of x_a; None: draw all of them. At every
+            step the given frames have the noise of the forward process (the "replacement method" of Ho et al. 2022),
+            since theirs is the true x_0, and come out as they are.
+        weight: w_r of the reconstruction guidance that draws the others towards them; 0: the replacement method alone.
         Returns float32 (b, c, f, h, w) in [-1, 1]. Raises ValueError for settings that do not fit.
         """
         if len(generators) != shape[0]:
@@ -146,8 +166,12 @@ class Diffusion:
             raise ValueError(f"{steps} steps, eta {eta}: expected eta from 0 to 1, or None and all {self.T} steps")
         times = self.timesteps(steps)
         x = randn_each(shape[1:], generators)
+        if known is not None:
+            x_a, given = known
+            x[:, :, given] = self.q_sample(x_a, torch.full(shape[:1], self.T - 1, device=x.device), x)[:, :, given]
         for t, s in progress(times) if progress else times:
-            x_0 = self.denoise(net, x, t).clamp(-1, 1)
+            x_0 = self.denoise(net, x, t) if known is None else self.denoise_given(net, x, t, *known, weight)
+            x_0 = x_0.clamp(-1, 1)
             x = self.step(x, x_0, t, s, generators, eta)
         return x
 

@@ -4,13 +4,17 @@
     python sample.py --ckpt out/minerl-400-ssm/ckpt.pt --num 1000 --batch-size 8 --out samples.npy
     torchrun --nproc-per-node 8 sample.py --num-samples 1000      # the same samples, shared among 8
     python sample.py --frames 800                                 # longer than the network was trained on
+    python sample.py --condition clip.mp4 --given 0:8             # go on from the clip's first 8 frames
+    python sample.py --condition clip.mp4 --given 0:4,12:16       # what may have been between
+    python sample.py --frames 1000 --window 64 --overlap 16       # blocks of 64, each from the last 16 of the one before
     python sample.py --class Archery --guidance 2                 # of a class, from a checkpoint of train.py --classes
     python sample.py --sampler ddim --sampling-steps 50           # DDIM: 50 network calls instead of 256
 
 Writes NAME.npy, uint8 (num, frames, height, width, 3), which data.py reads; NAME.npy.json, what it was drawn
-from; NAME.gif and NAME.mp4, the first few side by side. Sample i is a function of (checkpoint, seed, i): the number of
-processes does not enter, nor, but for the last bits of floating-point sums, does the batch size. Stopped and started
-again by the same command, it goes on where it was. On several machines --out must be in a folder that all share.
+from; NAME.gif and NAME.mp4, the first few side by side; NAME.png, frames of them in a row each. Given frames have a white
+border there. Sample i is a function of (checkpoint, seed, i, its given frames): the number of processes does not enter, nor,
+but for the last bits of floating-point sums, does the batch size. Stopped and started again by the same command, it goes on
+where it was. On several machines --out must be in a folder that all share.
 """
 import argparse
 import contextlib
@@ -34,10 +38,12 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from data import to_uint8
+from data import read_whole_videos, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance
 from model import UNet3D, UNetConfig
 from s4d import kernels_once
+
+CONDITION_WEIGHT = 20.0
 
 
 class CheckpointError(ValueError):
@@ -172,33 +178,45 @@ def load_network(ckpt, weights, device):
 
 
 def draw(net, diffusion, seed, indices, shape, precision="auto", progress=None, steps=None, eta=None,
-         labels=None, guidance=1.0):
+         labels=None, guidance=1.0, given=(), clips=None, weight=1.0, blocks=None):
     """Draw the samples of the given indices, shape (c, f, h, w) -> uint8 array (len(indices), f, h, w, 3).
 
     steps, eta: of DDIM; none: ancestral sampling, see `Diffusion.sample`.
     labels, guidance: a class for each, of a network with classes, and the scale of `with_guidance`.
+    given, clips: numbers of frames that are not drawn but taken from clips (len(indices), len(given), h, w, 3), uint8.
+    weight: of reconstruction guidance, see `Diffusion.sample`.
+    blocks: slices of frames, all of one length, drawn one after another, each with what is there already as given.
     """
+    blocks = blocks or [slice(0, shape[1])]
     device = torch.device(diffusion.device)
     denoiser = net
     if labels is not None:
         denoiser = with_guidance(net, torch.tensor(labels, device=device), net.config.classes, guidance)
-    with autocast(device, precision), kernels_once(net, shape[1]):
+    x = torch.zeros(len(indices), *shape, device=device)
+    there = torch.zeros(shape[1], dtype=torch.bool, device=device)
+    if given:
+        x[:, :, given] = to_float(torch.from_numpy(clips)).to(device)
+        there[given] = True
+    with autocast(device, precision), kernels_once(net, blocks[0].stop - blocks[0].start):
         generators = sample_generators(seed, indices, device)
-        x = diffusion.sample(denoiser, (len(indices), *shape), generators, progress, steps, eta)
+        for block in blocks:
+            known = (x[:, :, block], there[block]) if there[block].any() else None
+            x[:, :, block] = diffusion.sample(denoiser, x[:, :, block].shape, generators, progress, steps, eta, known, weight)
+            there[block] = True
     return to_uint8(x).cpu().numpy()
 
 
-def fitting_batch_size(net, shape, precision, device, branches=1):
+def fitting_batch_size(net, shape, precision, device, branches=1, gradient=False):
     """How many videos of `shape` (c, f, h, w) to draw at once: on CUDA as many as fit its free memory, up to 64.
 
-    branches: calls of the network for each, in one batch: 2 with guidance.
+    branches: calls of the network for each, in one batch: 2 with guidance. gradient: with reconstruction guidance.
     """
     if device.type != "cuda":
         return 8
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with autocast(device, precision), torch.no_grad():
-        net(torch.zeros(branches, *shape, device=device), torch.zeros(branches, dtype=torch.long, device=device))
+    with autocast(device, precision), torch.set_grad_enabled(gradient):
+        net(torch.zeros(branches, *shape, device=device, requires_grad=gradient), torch.zeros(branches, dtype=torch.long, device=device))
     per_video = torch.cuda.max_memory_allocated() - before
     torch.cuda.empty_cache()
     return max(1, min(64, int(0.8 * torch.cuda.mem_get_info()[0] / per_video)))
@@ -220,14 +238,20 @@ def replace_with(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def grid(videos, pixels=96):
-    """uint8 (n, f, h, w, 3) -> (f, H, W, 3): side by side in rows, each enlarged to about `pixels`, a gap between."""
-    n, f, h, w, _ = videos.shape
-    scale = max(1, round(pixels / h))
+def enlarge(videos, given, pixels=96):
+    """uint8 (n, f, h, w, 3) -> the same, enlarged to sides of about `pixels`, with a white border in the given frames."""
+    scale = max(1, round(pixels / videos.shape[2]))
     videos = videos.repeat(scale, axis=2).repeat(scale, axis=3)
-    columns = math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    h, w, gap = h * scale, w * scale, 4
+    for i in given:
+        videos[:, i, :2] = videos[:, i, -2:] = videos[:, i, :, :2] = videos[:, i, :, -2:] = 255
+    return videos
+
+
+def grid(videos, columns=None):
+    """uint8 (n, f, h, w, 3) -> (f, H, W, 3): side by side in rows, a gap between."""
+    n, f, h, w, _ = videos.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows, gap = math.ceil(n / columns), 4
     # even sides, which H.264 wants
     canvas = np.zeros((f, (rows * (h + gap) + 1) // 2 * 2, (columns * (w + gap) + 1) // 2 * 2, 3), np.uint8)
     for i, video in enumerate(videos):
@@ -236,9 +260,9 @@ def grid(videos, pixels=96):
     return canvas
 
 
-def save_gif(path, videos, fps=10):
-    """Write uint8 videos (n, f, h, w, 3) side by side as an endless GIF."""
-    frames = [Image.fromarray(frame) for frame in grid(videos)]
+def save_gif(path, videos, given=(), fps=10):
+    """Write uint8 videos (n, f, h, w, 3) side by side as an endless GIF. given: numbers of the frames to be marked."""
+    frames = [Image.fromarray(frame) for frame in grid(enlarge(videos, given))]
 
     def write(temporary):
         frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
@@ -246,11 +270,11 @@ def save_gif(path, videos, fps=10):
     replace_with(path, write)
 
 
-def save_mp4(path, videos, fps=10):
-    """Write uint8 videos (n, f, h, w, 3) side by side as H.264. Needs PyAV."""
+def save_mp4(path, videos, given=(), fps=10):
+    """Write uint8 videos (n, f, h, w, 3) side by side as H.264. given: numbers of the frames to be marked. Needs PyAV."""
     import av
 
-    frames = grid(videos)
+    frames = grid(enlarge(videos, given))
     # without x264's macroblock tree, which makes other bytes of the same frames each time
     options = {"crf": "18", "x264-params": "mbtree=0"}
 
@@ -264,6 +288,16 @@ def save_mp4(path, videos, fps=10):
             container.mux(stream.encode())
 
     replace_with(path, write)
+
+
+def save_sheet(path, videos, given=(), columns=8):
+    """Write uint8 videos (n, f, h, w, 3) as a contact sheet, a PNG: a row for each, of evenly spaced frames from the first
+    to the last. given: numbers of the frames to be marked."""
+    columns = min(columns, videos.shape[1])
+    picked = np.linspace(0, videos.shape[1] - 1, columns).round().astype(int)
+    frames = enlarge(videos[:, picked], [i for i, frame in enumerate(picked) if frame in given], pixels=64)
+    [sheet] = grid(frames.reshape(-1, 1, *frames.shape[2:]), columns)
+    replace_with(path, lambda temporary: Image.fromarray(sheet).save(temporary, "PNG", optimize=True))
 
 
 # ---------------------------------------------------------------------------------------- the command
@@ -287,6 +321,16 @@ def parse_args():
                         help="class to draw, of a checkpoint with classes; none: sample i has the class i mod their number")
     parser.add_argument("--guidance", type=non_negative_float, default=1.0,
                         help="of classes: 1: the class as learned, more: more of it, at twice the time; 0: of no class")
+    parser.add_argument("--condition", type=Path, metavar="CLIP",
+                        help="video whose --given frames are kept; a packed .npy: sample i takes its video i mod their number")
+    parser.add_argument("--given", metavar="FRAMES", help="frames to keep: a Python slice, 0:8, or several, 0:8,20:24")
+    parser.add_argument("--window", type=positive_int, help="draw so many frames at a time; none: all at once")
+    parser.add_argument("--overlap", type=positive_int, help="frames of a window that are the last of the one before; "
+                        "none: a quarter")
+    parser.add_argument("--condition-method", choices=("reconstruction", "replacement"),
+                        help="how given frames act on the others; none: reconstruction guidance")
+    parser.add_argument("--condition-weight", type=non_negative_float, help="w_r of reconstruction guidance; none: "
+                        f"{CONDITION_WEIGHT:g}")
     parser.add_argument("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the latest")
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network; a CUDA graph on CUDA")
@@ -329,6 +373,80 @@ def chosen_labels(args, classes):
     return [classes.index(args.label)] * args.num
 
 
+def given_frames(text, frames):
+    """A slice such as 0:8, or several with commas between, of so many frames -> the frames' numbers. Raises ValueError."""
+    given = set()
+    for part in text.split(","):
+        bounds = re.fullmatch(r"\s*(-?\d+)?:(-?\d+)?(?::([1-9]\d*))?\s*", part)
+        if not bounds:
+            raise ValueError(f"--given {text}: expected a slice such as 0:8, or several, 0:8,20:24")
+        start, stop, step = (int(bound) if bound else None for bound in bounds.groups())
+        picked = range(frames)[start:stop:step]
+        if not picked or any(bound is not None and not -frames <= bound <= frames for bound in (start, stop)):
+            raise ValueError(f"--given {text}: expected frames of the {frames} that a video has here (see --frames)")
+        given.update(picked)
+    if len(given) == frames:
+        raise ValueError(f"--given {text}: all {frames} frames are given, none is left to draw (see --frames)")
+    return sorted(given)
+
+
+def read_condition(args, frames, size):
+    """-> (numbers of the given frames, those frames of each clip), from the flags. Raises ValueError."""
+    if bool(args.condition) != bool(args.given):
+        raise ValueError(f"--condition {args.condition} --given {args.given}: expected both or neither")
+    if not args.condition:
+        return [], []
+    given, clips = given_frames(args.given, frames), read_whole_videos(args.condition, size)
+    shortest = min(map(len, clips))
+    if shortest <= given[-1]:
+        raise ValueError(f"--given {args.given}: asks for frame {given[-1]}, but {args.condition} has {shortest} frames, "
+                         f"0 to {shortest - 1}")
+    return given, [np.stack([clip[i] for i in given]) for clip in clips]
+
+
+def plan_blocks(args, frames, given):
+    """-> the blocks of `draw`, from the flags; those whose frames are all given are left out. Raises ValueError."""
+    window, overlap = args.window or frames, 0
+    if args.window:
+        overlap = args.overlap or max(1, window // 4)
+    elif args.overlap:
+        raise ValueError(f"--overlap {args.overlap} goes with --window")
+    if window > frames:
+        raise ValueError(f"--window {window}: expected --frames {frames} or fewer")
+    if overlap >= window:
+        raise ValueError(f"--overlap {overlap}: expected less than the window of {window} frames")
+    # the last one begins earlier, so as to be whole
+    starts = [min(start, frames - window) for start in range(0, frames - overlap, window - overlap)]
+    return [slice(start, start + window) for start in starts if not {*range(start, start + window)} <= {*given}]
+
+
+def reconstruction_weight(args, conditional):
+    """-> w_r, from the flags; 0 for the replacement method. Raises ValueError for flags that do not fit."""
+    for flag, value in (("--condition-method", args.condition_method), ("--condition-weight", args.condition_weight)):
+        if value is not None and not conditional:
+            raise ValueError(f"{flag} {value} goes with --condition, or with a --window of fewer frames than --frames")
+    if args.condition_method == "replacement":
+        if args.condition_weight is not None:
+            raise ValueError(f"--condition-weight {args.condition_weight:g} goes with --condition-method reconstruction")
+        return 0.0
+    return CONDITION_WEIGHT if args.condition_weight is None else args.condition_weight
+
+
+def conditioning(args, frames, size):
+    """-> given frames' numbers, those frames of each clip, blocks and w_r, as `draw` takes them, and a record of what
+    shapes the samples, from the flags. Raises ValueError."""
+    given, clips = read_condition(args, frames, size)
+    blocks = plan_blocks(args, frames, given)
+    weight = reconstruction_weight(args, conditional=given or len(blocks) > 1)
+    record = {"condition_weight": weight} if given or len(blocks) > 1 else {}
+    if given:
+        digest = hashlib.sha256(b"".join(clip.tobytes() for clip in clips)).hexdigest()
+        record |= {"condition": args.condition.name, "condition_sha256": digest, "given": given}
+    if len(blocks) > 1:
+        record["blocks"] = [[block.start, block.stop] for block in blocks]
+    return given, clips, blocks, weight, record
+
+
 def main():
     args = parse_args()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -349,12 +467,15 @@ def main():
     if len(classes) != net.config.classes:
         raise CheckpointError(f"{path} has {len(classes)} names for {net.config.classes} classes; expected one each")
     labels = chosen_labels(args, classes)
+    given, clips, blocks, weight, condition = conditioning(args, frames, size)
+    window = blocks[0].stop - blocks[0].start
     shape = (net.config.video_channels, frames, size, size)
 
     out = args.out or path.with_name(f"samples_{ckpt['step']:07d}.npy")
     if out.suffix != ".npy":
         raise ValueError(f"--out {out}: expected a name that ends in .npy")
-    about, gif, mp4 = out.with_name(out.name + ".json"), out.with_suffix(".gif"), out.with_suffix(".mp4")
+    about = out.with_name(out.name + ".json")
+    pictures = {out.with_suffix(".gif"): save_gif, out.with_suffix(".mp4"): save_mp4, out.with_suffix(".png"): save_sheet}
     # everything that shapes the samples
     request = {"checkpoint_sha256": hashlib.sha256(content).hexdigest(), "step": ckpt["step"], "weights": args.weights,
                "num": args.num, "frames": frames, "size": size, "seed": args.seed,
@@ -364,6 +485,7 @@ def main():
         request["eta"] = eta
     if labels:
         request |= {"guidance": args.guidance, "labels": [classes[label] for label in labels]}
+    request |= condition
     batch_size = args.batch_size
     if about.exists():
         recorded = None
@@ -375,7 +497,7 @@ def main():
         if recorded != request:
             raise ValueError(f"{about} belongs to other samples; delete it and {out.name}, or choose another --out")
     else:
-        for file in (out, gif, mp4):
+        for file in (out, *pictures):
             if file.exists():
                 raise ValueError(f"{file} exists already; delete it or name another file with --out")
     if out.exists():
@@ -386,8 +508,8 @@ def main():
         join_processes("gloo", hours=24)
         agree(request)
     # one batch size for all processes, which share the batches among them
-    batch_size = torch.tensor(batch_size or fitting_batch_size(net, shape, args.precision, device,
-                                                                     1 if args.guidance == 1 else 2))
+    batch_size = torch.tensor(batch_size or fitting_batch_size(
+        net, (shape[0], window, size, size), args.precision, device, 1 if args.guidance == 1 else 2, bool(condition) and weight > 0))
     if world_size > 1:
         dist.all_reduce(batch_size, dist.ReduceOp.MIN)
     batch_size = min(batch_size.item(), math.ceil(args.num / world_size))  # smaller if not all would have one
@@ -398,8 +520,9 @@ def main():
         decay = f", decay {config['ema_decay']}" if args.weights == "ema" else ""
         print(f"{path}: step {ckpt['step']}, {args.weights} weights{decay}; {args.num} videos of {frames} frames, "
               f"{size}x{size}, {args.sampler}, {sampling_steps} steps, seed {args.seed}, {world_size} x {device.type}")
-        if frames > config["frames"]:
-            print(f"note: the network was trained on {config['frames']} frames, not {frames}")
+        if window > config["frames"]:
+            print(f"warning: the network was trained on {config['frames']} frames and is to draw {window} at once, of which "
+                  f"it has learned nothing; --window {config['frames']} draws as many by blocks")
     if world_size > 1:
         dist.barrier()
 
@@ -412,7 +535,7 @@ def main():
     if args.compile:
         # fixed shapes: the last batch, if smaller, is compiled too
         net = torch.compile(net, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
-    with tqdm(total=len(mine) * sampling_steps, unit="step", disable=True if rank else None) as bar:
+    with tqdm(total=len(mine) * len(blocks) * sampling_steps, unit="step", disable=True if rank else None) as bar:
         def progress(steps):
             for step in steps:
                 yield step
@@ -420,19 +543,20 @@ def main():
 
         for batch in mine:
             videos = draw(net, diffusion, args.seed, batch, shape, args.precision, progress, steps, eta,
-                          [labels[i] for i in batch] if labels else None, args.guidance)
+                          [labels[i] for i in batch] if labels else None, args.guidance,
+                          given, np.stack([clips[i % len(clips)] for i in batch]) if given else None, weight, blocks)
             for i, video in zip(batch, videos):
                 replace_with(parts[i], lambda temporary, video=video: write_array(temporary, video.shape, [video]))
     if world_size > 1:
         dist.barrier()
     if rank == 0:
         first = np.stack([np.load(part, allow_pickle=False) for part in parts[:16]])
-        save_gif(gif, first)
-        save_mp4(mp4, first)
+        for picture, save in pictures.items():
+            save(picture, first, given)
         replace_with(out, lambda temporary: write_array(temporary, (args.num, frames, size, size, 3),
                                                         (np.load(part, allow_pickle=False) for part in parts)))
         shutil.rmtree(parts_of(out))
-        print(f"wrote {out.absolute()} and, for looking at, .gif and .mp4 beside it")
+        print(f"wrote {out.absolute()} and, for looking at, .gif, .mp4 and .png beside it")
     if world_size > 1:
         dist.destroy_process_group()
 

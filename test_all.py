@@ -417,6 +417,25 @@ def test_which_frames_a_frame_sees(layer, settings, bidirectional, positions):
         assert not (seen > 1e-14).any(), "other positions"
 
 
+@pytest.mark.parametrize("temporal", ["ssm", "gss", "mamba"])
+def test_what_of_an_unidirectional_network_is_not_causal(temporal, monkeypatch):
+    """Its group norms, whose statistics are of all frames, and nothing else."""
+    torch.manual_seed(0)
+    net = randomise(UNet3D(UNetConfig(temporal=temporal, bidirectional=False, **TINY))).double()
+    net.time_mlp.register_forward_pre_hook(lambda module, args: args[0].double())
+
+    def later_frames():
+        x = torch.randn(1, 3, 5, 4, 4, dtype=torch.float64, requires_grad=True)
+        [gradient] = torch.autograd.grad(net(x, torch.tensor([3]))[:, :, 2].square().sum(), x)
+        return gradient.abs().amax(dim=(0, 1, 3, 4))[3:]
+
+    assert (later_frames() > 1e-8).all()
+    group_norm = F.group_norm
+    monkeypatch.setattr(F, "group_norm", lambda x, *settings: torch.stack(
+        [group_norm(frame, *settings) for frame in x.unbind(2)], dim=2))
+    assert (later_frames() < 1e-14).all()
+
+
 def selective_recurrence(ssm, u):
     """h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k u_k, y_k = C_k h_k + D u_k, step by step. u: (d, p, L) -> (d, p, L)."""
     rank, N, _ = ssm.sizes
@@ -833,6 +852,61 @@ def test_sample_i_does_not_depend_on_its_batch(precision, frames):
         assert difference.max() <= 1 and difference.mean() < 1e-3  # sums in another order may round otherwise
 
 
+# ------------------------------------------------------------------------------------------------ given frames
+
+
+class MixFrames(torch.nn.Module):
+    """x_t -> the ε of x̂_0 = M x_t, M a matrix over the frames for every t, scaled so that M is E[x_0 | x_t] of videos
+    whose frames are all one picture of standard normal numbers."""
+
+    def __init__(self, diffusion, frames):
+        super().__init__()
+        self.diffusion, self.frames, self.seen = diffusion, frames, []
+
+    def matrix(self, t):
+        alpha_bar = self.diffusion.alpha_bars[t]
+        return torch.full((self.frames,) * 2, alpha_bar ** 0.5 / (alpha_bar * self.frames + 1 - alpha_bar))
+
+    def forward(self, x_t, t):
+        self.seen.append(x_t.detach())
+        alpha_bar = self.diffusion.alpha_bars[t[0]]
+        x_0 = torch.einsum("ij,bcjhw->bcihw", self.matrix(t[0]).to(x_t.dtype), x_t)
+        return (x_t - alpha_bar ** 0.5 * x_0) / (1 - alpha_bar) ** 0.5
+
+
+def test_reconstruction_guidance_is_the_papers_equation():
+    diffusion, given = Diffusion(16), torch.tensor([True, False, False, True, False])
+    net = MixFrames(diffusion, 5)
+    x_t, x_a = torch.randn(2, 2, 3, 5, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for t in (0, 7, 12):
+        alpha, M = diffusion.alpha_bars[t] ** 0.5, net.matrix(t).double()
+        x_hat = torch.einsum("ij,bcjhw->bcihw", M, x_t)
+        # ∇ ‖x^a - x̂^a‖² = -2 M_aᵀ (x^a - x̂^a)
+        pull = torch.einsum("af,bchwa->bchwf", M[given],
+                            (x_a - x_hat)[:, :, given].permute(0, 1, 3, 4, 2)).permute(0, 1, 4, 2, 3)
+        for weight in (0.0, 1.0, 3.0):
+            x_0 = diffusion.denoise_given(net, x_t, t, x_a, given, weight)
+            expected = torch.where(given[:, None, None], x_a, x_hat + weight * alpha * pull)
+            assert (x_0 - expected).abs().max() < 1e-4 and not x_0.requires_grad
+
+
+@pytest.mark.parametrize("settings", [{}, {"steps": 20, "eta": 0.0}, {"steps": 20, "eta": 1.0}])
+def test_given_frames_stay_and_draw_the_others(settings):
+    diffusion, given = Diffusion(64), torch.arange(6) < 2
+    x_a = 0.5 * torch.randn(4, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-2, 2).expand(-1, -1, 6, -1, -1)
+    errors = []
+    for weight in (0.0, 1.0):
+        net = MixFrames(diffusion, 6)
+        x = diffusion.sample(net, (4, 3, 6, 4, 4), sample_generators(0, range(4)), known=(x_a, given), weight=weight, **settings)
+        assert torch.equal(x[:, :, given], x_a[:, :, given])
+        errors.append((x - x_a)[:, :, ~given].square().mean().sqrt().item())
+        for (t, _), x_t in zip(diffusion.timesteps(settings.get("steps")), net.seen):
+            noise = (x_t - diffusion.alpha_bars[t] ** 0.5 * x_a)[:, :, given] / (1 - diffusion.alpha_bars[t]) ** 0.5
+            assert 0.85 < noise.std() < 1.15, "given frames have the noise of the forward process"
+    free = diffusion.sample(MixFrames(diffusion, 6), (4, 3, 6, 4, 4), sample_generators(0, range(4)), **settings)
+    assert errors[1] < 0.7 * errors[0] < 0.7 * (free - x_a).square().mean().sqrt(), "x^b is to be x^a here"
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 
@@ -845,6 +919,7 @@ TRAIN = ("--frames 5 --size 8 --base-channels 8 --channel-mults 1 2 --time-dim 1
 @pytest.fixture
 def run_train(monkeypatch):
     """Run train.py's main function with flags in this process; restores the signal handlers."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it takes longer than such a run
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(*flags):
@@ -883,7 +958,8 @@ def test_resumed_training_is_the_same_bit_for_bit(run_train, tmp_path, capsys):
     run_train("--steps", 6, "--out", tmp_path / "once")
     run_train("--steps", 3, "--out", tmp_path / "twice", "--log-every", 2)
     run_train("--steps", 6, "--out", tmp_path / "twice", "--log-every", 2)
-    assert "changed: --steps 3 -> 6" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "changed: --steps 3 -> 6" in printed and printed.count("no loss.png: pip install matplotlib") == 3
     once, twice = (sample.load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("once", "twice"))
     for part in ("step", "model", "ema", "optimizer", "unet"):
         assert_same(once[part], twice[part])
@@ -1138,6 +1214,30 @@ def test_a_run_shorter_than_the_first_update_draws_from_trained_weights(run_trai
     assert_same(ckpt["ema"], ckpt["model"])
 
 
+def test_a_picture_never_costs_the_run(run_train, tmp_path, monkeypatch, capsys):
+    def draw_curves(log_path, path):
+        raise OSError("no space")
+
+    monkeypatch.setattr(train, "draw_curves", draw_curves)
+    run_train("--out", tmp_path / "run", "--grid-samples", 0, "--steps", 1)
+    assert re.search(r"no loss.png \(OSError: no space\)\n.*done", capsys.readouterr().out, re.DOTALL)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
+@pytest.mark.parametrize("lines, curves", [
+    (['{"step": 1, "loss": 1.0}'], 1),
+    (['{"step": 1, "loss": 1.0}', '{"step": 1, "fvd": 9.0}',
+      '{"step": 2, "loss": 0.5, "held_out_loss": 0.4, "held_out_quartiles": [0.7, 0.5, 0.3, 0.1]}'], 6)])
+def test_loss_curves(lines, curves, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (saved.append(self), Path(path).write_bytes(b"png")))
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    train.draw_curves(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    assert len(saved[0].axes[0].lines) == curves and (tmp_path / "loss.png").read_bytes() == b"png"
+
+
 def test_one_clip_is_overfitted(run_train, tmp_path, monkeypatch):
     clip = data.maze_walk(0, 0, 5, 8)
     monkeypatch.setattr(data.MazeVideos, "clip", lambda self, *key: clip)
@@ -1381,7 +1481,13 @@ def test_sample_writes_what_data_reads(trained, tmp_path, monkeypatch, capsys):
     assert data.PackedVideos(path, frames=9, size=16).num_windows == 3
     assert data.decode(path.with_suffix(".gif"), 16).shape[0] == data.decode(path.with_suffix(".mp4"), 16).shape[0] == 9
     assert {file.name for file in path.parent.iterdir() if "samples_" in file.name} == {
-        path.name, path.name + ".json", path.with_suffix(".gif").name, path.with_suffix(".mp4").name}
+        path.name, path.name + ".json", *(path.with_suffix(suffix).name for suffix in (".gif", ".mp4", ".png"))}
+    # the contact sheet: 3 rows of 8 of the 9 frames, four times as large, with a gap of 4
+    with Image.open(path.with_suffix(".png")) as image:
+        sheet = np.asarray(image)
+    assert sheet.shape == (3 * 68, 8 * 68, 3)
+    for row, column, frame in ((0, 0, 0), (1, 3, 3), (1, 4, 5), (2, 7, 8)):
+        assert np.array_equal(sheet[68 * row:, 68 * column:][:64:4, :64:4], videos[row, frame])
     run_sample(monkeypatch, "--num", 3, "--batch-size", 2, "--frames", 9, "--size", 16)
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(ValueError, match="belongs to other samples"):
@@ -1500,6 +1606,111 @@ def test_stopped_sampling_goes_on(trained, tmp_path, monkeypatch):
     assert len(calls) == 4, "what was drawn before is not drawn again"
     assert (tmp_path / "stopped.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
     assert not [file for file in os.listdir(tmp_path) if file.startswith(".")]
+
+
+@pytest.mark.parametrize("text, frames", [
+    ("0:3", [0, 1, 2]), (":2,-2:", [0, 1, 6, 7]), ("0:8:3", [0, 3, 6]), ("3:5,4:6", [3, 4, 5]), ("-1:", [7]),
+    ("0:9", None), ("-9:2", None), ("3:3", None), ("3", None), ("", None), ("0:3,", None), ("a:b", None), ("0:8:0", None),
+    (":", None)])
+def test_given_is_a_slice_or_several(text, frames):
+    if frames:
+        assert sample.given_frames(text, 8) == frames
+    else:
+        with pytest.raises(ValueError, match=f"--given {text}: "):
+            sample.given_frames(text, 8)
+
+
+def test_prediction_and_infilling(trained, tmp_path, monkeypatch, capsys):
+    """Given frames are the clip's byte for byte, whatever the video file, and stopped drawing goes on."""
+    clips = np.random.default_rng(0).integers(256, size=(2, 4, 8, 8, 3), dtype=np.uint8)
+    np.save(tmp_path / "clips.npy", clips)
+    write_mp4(tmp_path / "clip.mp4", 5)
+    monkeypatch.chdir(tmp_path)
+    sampler = ["--ckpt", trained, "--num", 3, "--batch-size", 2, "--sampler", "ddim", "--sampling-steps", 3]
+    flags = [*sampler, "--condition", "clips.npy", "--given", "0:2,3:4"]
+    run_sample(monkeypatch, *flags, "--out", "whole.npy")
+    drawn = np.load("whole.npy")
+    assert all(np.array_equal(drawn[i, [0, 1, 3]], clips[i % 2, [0, 1, 3]]) for i in range(3))
+    assert not np.array_equal(drawn[0, 2], drawn[2, 2]), "as each sample has its own noise"
+    about = json.loads(Path("whole.npy.json").read_text())
+    assert about["given"] == [0, 1, 3] and about["condition"] == "clips.npy" and about["condition_weight"] > 0
+    with Image.open("whole.png") as sheet:
+        marked = [(np.asarray(sheet)[0, 68 * i:][:64] == 255).all() for i in range(5)]
+    assert marked == [True, True, False, True, False]
+
+    draw, calls = sample.draw, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "draw", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_sample(monkeypatch, *flags, "--out", "stopped.npy")
+    run_sample(monkeypatch, *flags, "--out", "stopped.npy")
+    assert Path("stopped.npy").read_bytes() == Path("whole.npy").read_bytes()
+    with pytest.raises(ValueError, match="belongs to other samples"):
+        run_sample(monkeypatch, *flags, "--condition-weight", 1, "--out", "whole.npy")
+
+    run_sample(monkeypatch, *sampler, "--condition", "clip.mp4", "--given=-2:", "--condition-method", "replacement",
+               "--out", "end.npy")
+    assert np.array_equal(np.load("end.npy")[:, -2:], [data.decode("clip.mp4", 8)[-2:]] * 3)
+    assert json.loads(Path("end.npy.json").read_text())["condition_weight"] == 0
+
+
+def test_long_videos_by_blocks(trained, tmp_path, monkeypatch):
+    """Every block has the length of the window and what was drawn before as given frames; none is drawn twice."""
+    draw_block, seen = Diffusion.sample, []
+
+    def spy(self, net, shape, *args):
+        x = draw_block(self, net, shape, *args)
+        seen.append((shape[2], args[4] and [part.clone() for part in args[4]], x))
+        return x
+
+    monkeypatch.setattr(Diffusion, "sample", spy)
+    flags = ["--ckpt", trained, "--num", 2, "--sampler", "ddim", "--sampling-steps", 2, "--frames", 10]
+    run_sample(monkeypatch, *flags, "--window", 4, "--overlap", 1, "--out", tmp_path / "long.npy")
+    video = torch.cat([seen[0][2], seen[1][2][:, :, 1:], seen[2][2][:, :, 1:]], dim=2)
+    assert [length for length, *_ in seen] == [4, 4, 4] and seen[0][1] is None
+    for (_, _, before), (_, (x_a, given), x) in zip(seen, seen[1:]):
+        assert given.tolist() == [True, False, False, False]
+        assert torch.equal(x[:, :, 0], before[:, :, -1]) and torch.equal(x_a[:, :, 0], before[:, :, -1])
+    assert np.array_equal(np.load(tmp_path / "long.npy"), data.to_uint8(video).numpy())
+    assert json.loads((tmp_path / "long.npy.json").read_text())["blocks"] == [[0, 4], [3, 7], [6, 10]]
+    # the last block begins earlier to be whole; a block whose frames are all given is not drawn
+    seen.clear()
+    write_npy(tmp_path / "clip.npy", 4)
+    run_sample(monkeypatch, *flags, "--window", 4, "--overlap", 2, "--condition", tmp_path / "clip.npy", "--given", "0:4",
+               "--frames", 9, "--out", tmp_path / "more.npy")
+    assert [given.tolist() for _, (_, given), _ in seen] == [[True, True, False, False]] * 2 + [[True] * 3 + [False]]
+    assert np.array_equal(np.load(tmp_path / "more.npy")[1, :4, 0, 0, 0], [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--given 0:2", "expected both or neither"), ("--condition clip.npy", "expected both or neither"),
+    ("--condition clip.npy --given 0:6", "--given 0:6: expected frames of the 5"),
+    ("--condition clip.npy --given 0:4", "asks for frame 3, but clip.npy has 3 frames, 0 to 2"),
+    ("--condition clip.npy --given 0:5", "none is left to draw"),
+    ("--condition text.mp4 --given 0:2", "text.mp4 cannot be read as a video"),
+    ("--condition missing.mp4 --given 0:2", "missing.mp4 cannot be read as a video"),
+    ("--condition wide.npy --given 0:2", "frames of 16x16"),
+    ("--window 6", "--window 6: expected --frames 5 or fewer"), ("--overlap 2", "--overlap 2 goes with --window"),
+    ("--window 4 --overlap 4", "--overlap 4: expected less than the window of 4"),
+    ("--window 1", "--overlap 1: expected less than the window of 1"),
+    ("--condition-method replacement", "goes with --condition"), ("--window 5 --condition-weight 1", "goes with"),
+    ("--window 4 --condition-method replacement --condition-weight 1", "goes with --condition-method recon")])
+def test_given_frames_and_blocks_refuse(flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_npy(tmp_path / "clip.npy", 3)
+    np.save("wide.npy", np.zeros((5, 16, 16, 3), np.uint8))
+    Path("text.mp4").write_text("text")
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags.split()])
+    with pytest.raises(ValueError, match=words) as error:
+        sample.conditioning(sample.parse_args(), 5, 8)
+    assert len(str(error.value).splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------------ hostile input
@@ -3261,12 +3472,36 @@ def test_bench_compares_and_keeps_what_does_not_fit(monkeypatch, capsys, tmp_pat
     (["--size", 12], "needs height and width divisible by 8"), (["--state-size", 7], "state_size is 7"),
     (["--out", "missing/bench.md"], "missing/bench.md"), (["--out", "bench.txt"], "ends in .md"),
     (["--temporal", "lstm"], "lstm"), (["--frames", 0], "from 1 on"), (["--memory-gb", "-1"], "above 0"),
-    (["--device", "tpu"], "--device tpu")])
+    (["--device", "tpu"], "--device tpu"), (["--budget-gb", 0], "above 0"),
+    (["--budget-gb", 1, "--what", "sample"], "--budget-gb is about the training step")])
 def test_bench_refuses_in_one_line(flags, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         bench_command(monkeypatch, "--base-channels", 8, "--frames", 2, *flags)
     said = str(stop.value.code) if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert said.startswith("bench.py: ") and message in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("first", [8, 40, 200])
+def test_the_widest_network_within_a_budget(first, monkeypatch, capsys, tmp_path):
+    """Memory that grows by 0.1 GB a base channel; the allocator fails above 100."""
+    def compare(rows, args, bar):
+        [row], base = rows, args.base_channels
+        tried.append((row, args))
+        row.parameters, row.out_of_memory = 2**27, base > 100                                       # 0.5 GB
+        row.steps = [] if base > 100 else [(base / 2, (base / 10 - 0.5) * 2**30)]
+
+    tried = []
+    monkeypatch.setattr(bench, "compare", compare)
+    for budget, cells in ((0.7, "none | – | – | – | 0.80 GB (base 8)"), (4.7, "40 | 134.22 M | 4.00 | 20 | 4.80 GB"),
+                          (24, "96 | 134.22 M | 9.60 | 48 | out of memory")):
+        bench_command(monkeypatch, "--budget-gb", budget, "--frames", 2, "--size", 8, "--base-channels", first,
+                      "--temporal", "ssm", "attention", "--out", tmp_path / "budget.md")
+        printed = capsys.readouterr().out
+        assert [f"| 2 | {temporal} | {cells} |" for temporal in ("ssm", "attention")] == printed.splitlines()[-2:]
+        assert (tmp_path / "budget.md").read_text() == printed
+    with torch.device("meta"):
+        config = bench.build(*tried[0]).config
+    assert (config.temporal, config.base_channels, config.heads, config.time_dim) == ("ssm", first, first // 8, 32 * first)
 
 
 @pytest.mark.parametrize("exitcode, outcome", [
@@ -3312,6 +3547,44 @@ def test_a_reference_that_is_not_installed_is_one_line(monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------------ files that travel
+
+
+class TransformerTemporalModel(torch.nn.Module):
+    """The conventions of diffusers' class of this name."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.proj_in, self.proj_out = torch.nn.Linear(channels, 2 * channels), torch.nn.Linear(2 * channels, channels)
+        self.transformer_blocks = torch.nn.ModuleList([torch.nn.Identity()] * 2)
+
+    def forward(self, x, num_frames):
+        """(batch·frames, c, h, w) -> the same."""
+        b, c, h, w = x.shape[0] // num_frames, *x.shape[1:]
+        hidden = x.view(b, num_frames, c, h, w).permute(0, 3, 4, 1, 2).reshape(b * h * w, num_frames, c)
+        hidden = self.proj_in(hidden)
+        for block in self.transformer_blocks:
+            hidden = block(hidden, encoder_hidden_states=None, timestep=None)
+        return x + self.proj_out(hidden).view(b, h, w, num_frames, c).permute(0, 3, 4, 1, 2).reshape(x.shape)
+
+
+def test_the_readmes_drop_in_runs_as_printed():
+    [snippet] = [block for block in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+                 if "(batch·h·w, frames, channels)" in block]
+    assert len(snippet.strip().splitlines()) <= 15
+    names = {}
+    exec(snippet, names)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(TransformerTemporalModel(4))
+    names["use_ssm"](net)
+    assert [type(block).__name__ for block in net[0].transformer_blocks] == ["SSMBlock"]
+    for frames in (5, 9):
+        x = torch.randn(2 * frames, 4, 2, 3, requires_grad=True)
+        y = net[0](x, frames)
+        [gradient] = torch.autograd.grad(y[1, :, 0, 0].square().sum(), x)
+        seen = gradient.abs().amax(1) > 0                                                           # b·f h w
+        assert y.shape == x.shape and seen[:frames, 0, 0].all(), "all frames of the same video and position"
+        seen[:frames, 0, 0] = False
+        assert not seen.any()
 
 
 @pytest.mark.parametrize("files, packages, code", [

@@ -7,8 +7,8 @@
     python train.py --preset tiny --classes                               # class-conditional: mazes by wall colour
     python train.py --preset minerl-400 --dry-run                         # what would be trained
 
---out DIR (default out/PRESET-TEMPORAL) gets config.json, log.jsonl, samples/ and ckpt.pt (ckpt_previous.pt is the one
-before). Stop it at any time; the same command goes on from the last checkpoint, exactly. Without --preset, the column
+--out DIR (default out/PRESET-TEMPORAL) gets config.json, log.jsonl, samples/, ckpt.pt (ckpt_previous.pt is the one before)
+and, at the end, loss.png. Stop it at any time; the same command goes on from the last checkpoint, exactly. Without --preset, the column
 of the paper's Table 5 is chosen by --frames and --size. An explicit flag always wins.
 """
 import argparse
@@ -368,6 +368,27 @@ def trim_log(path, step):
                 if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
                     lines.append(line + "\n")
         replace_with(path, lambda temporary: temporary.write_text("".join(lines)))
+
+
+def draw_curves(log_path, path):
+    """Draw the losses in a log.jsonl, and the held-out loss in each quartile of t, against steps. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in log_path.read_text().splitlines()]
+    curves = {"training loss": [(record["step"], record["loss"]) for record in records if "loss" in record]}
+    held_out = [record for record in records if "held_out_loss" in record]
+    if held_out:
+        curves["held-out loss"] = [(record["step"], record["held_out_loss"]) for record in held_out]
+        for i in range(4):
+            curves[f"held-out, quartile {i + 1} of t"] = [(record["step"], record["held_out_quartiles"][i])
+                                                          for record in held_out]
+    figure = Figure((8, 5), layout="constrained")
+    panel = figure.subplots()
+    for label, points in curves.items():
+        panel.plot(*zip(*points), label=label, linewidth=1 if "quartile" in label else 2)
+    panel.set(yscale="log", xlabel="step", ylabel="loss")
+    panel.legend()
+    replace_with(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
 def peak_memory(device):
@@ -795,6 +816,12 @@ def train(args):
 
     bar.close()
     if rank == 0:
+        try:
+            draw_curves(log_path, args.out / "loss.png")
+        except ImportError:
+            print("no loss.png: pip install matplotlib")
+        except Exception as error:  # the run is saved; it must not end in an error for want of a picture
+            print(f"no loss.png ({type(error).__name__}: {error})")
         if step < args.steps:
             print(f"stopped at step {step}, saved in {args.out}; the same command goes on from there")
         else:
