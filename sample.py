@@ -43,7 +43,7 @@ from diffusion import Diffusion, sample_generators, with_guidance
 from model import UNet3D, UNetConfig
 from s4d import kernels_once
 
-CONDITION_WEIGHT = 20.0
+CONDITION_WEIGHT = 10.0
 
 
 class CheckpointError(ValueError):
@@ -396,7 +396,7 @@ def read_condition(args, frames, size):
         raise ValueError(f"--condition {args.condition} --given {args.given}: expected both or neither")
     if not args.condition:
         return [], []
-    given, clips = given_frames(args.given, frames), read_whole_videos(args.condition, size)
+    given, clips = given_frames(args.given, frames), read_whole_videos(args.condition, size)[:args.num]
     shortest = min(map(len, clips))
     if shortest <= given[-1]:
         raise ValueError(f"--given {args.given}: asks for frame {given[-1]}, but {args.condition} has {shortest} frames, "
@@ -437,12 +437,13 @@ def conditioning(args, frames, size):
     shapes the samples, from the flags. Raises ValueError."""
     given, clips = read_condition(args, frames, size)
     blocks = plan_blocks(args, frames, given)
-    weight = reconstruction_weight(args, conditional=given or len(blocks) > 1)
-    record = {"condition_weight": weight} if given or len(blocks) > 1 else {}
+    conditional = given or len(blocks) > 1
+    weight = reconstruction_weight(args, conditional)
+    record = {"condition_weight": weight} if conditional else {}
     if given:
         digest = hashlib.sha256(b"".join(clip.tobytes() for clip in clips)).hexdigest()
         record |= {"condition": args.condition.name, "condition_sha256": digest, "given": given}
-    if len(blocks) > 1:
+    if blocks != [slice(0, frames)]:
         record["blocks"] = [[block.start, block.stop] for block in blocks]
     return given, clips, blocks, weight, record
 

@@ -332,6 +332,9 @@ def test_kernels_are_computed_once_and_dropped(monkeypatch):
     with s4d.kernels_once(net, 6), torch.no_grad():
         assert torch.allclose(ssm.impulse_response(6)[:, 0], K[:, 0] + 1)
     assert all(module.kept is None for module in net.modules() if isinstance(module, s4d.DiagonalSSM))
+    net.requires_grad_(False)
+    with s4d.kernels_once(net, 6):
+        assert ssm.impulse_response(6) is ssm.kept, "for gradients of the video alone, as in reconstruction guidance"
     monkeypatch.setattr("sample.kernels_once", lambda net, frames: contextlib.nullcontext())
     with torch.no_grad():
         ssm.D.sub_(1)
