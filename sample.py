@@ -201,7 +201,8 @@ def draw(net, diffusion, seed, indices, shape, precision="auto", progress=None, 
         generators = sample_generators(seed, indices, device)
         for block in blocks:
             known = (x[:, :, block], there[block]) if there[block].any() else None
-            x[:, :, block] = diffusion.sample(denoiser, x[:, :, block].shape, generators, progress, steps, eta, known, weight)
+            x[:, :, block] = diffusion.sample(denoiser, x[:, :, block].shape, generators, progress, steps, eta, known,
+                                              weight)
             there[block] = True
     return to_uint8(x).cpu().numpy()
 
@@ -216,7 +217,8 @@ def fitting_batch_size(net, shape, precision, device, branches=1, gradient=False
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     with autocast(device, precision), torch.set_grad_enabled(gradient):
-        net(torch.zeros(branches, *shape, device=device, requires_grad=gradient), torch.zeros(branches, dtype=torch.long, device=device))
+        net(torch.zeros(branches, *shape, device=device, requires_grad=gradient),
+            torch.zeros(branches, dtype=torch.long, device=device))
     per_video = torch.cuda.max_memory_allocated() - before
     torch.cuda.empty_cache()
     return max(1, min(64, int(0.8 * torch.cuda.mem_get_info()[0] / per_video)))
@@ -322,7 +324,7 @@ def parse_args():
     parser.add_argument("--guidance", type=non_negative_float, default=1.0,
                         help="of classes: 1: the class as learned, more: more of it, at twice the time; 0: of no class")
     parser.add_argument("--condition", type=Path, metavar="CLIP",
-                        help="video whose --given frames are kept; a packed .npy: sample i takes its video i mod their number")
+                        help="video whose --given frames are kept; of a packed .npy sample i takes video i mod their number")
     parser.add_argument("--given", metavar="FRAMES", help="frames to keep: a Python slice, 0:8, or several, 0:8,20:24")
     parser.add_argument("--window", type=positive_int, help="draw so many frames at a time; none: all at once")
     parser.add_argument("--overlap", type=positive_int, help="frames of a window that are the last of the one before; "
@@ -509,8 +511,9 @@ def main():
         join_processes("gloo", hours=24)
         agree(request)
     # one batch size for all processes, which share the batches among them
-    batch_size = torch.tensor(batch_size or fitting_batch_size(
-        net, (shape[0], window, size, size), args.precision, device, 1 if args.guidance == 1 else 2, bool(condition) and weight > 0))
+    branches, gradient = 1 if args.guidance == 1 else 2, bool(condition) and weight > 0
+    batch_size = torch.tensor(batch_size or fitting_batch_size(net, (shape[0], window, size, size), args.precision, device,
+                                                               branches, gradient))
     if world_size > 1:
         dist.all_reduce(batch_size, dist.ReduceOp.MIN)
     batch_size = min(batch_size.item(), math.ceil(args.num / world_size))  # smaller if not all would have one

@@ -901,7 +901,8 @@ def test_given_frames_stay_and_draw_the_others(settings):
     errors = []
     for weight in (0.0, 1.0):
         net = MixFrames(diffusion, 6)
-        x = diffusion.sample(net, (4, 3, 6, 4, 4), sample_generators(0, range(4)), known=(x_a, given), weight=weight, **settings)
+        x = diffusion.sample(net, (4, 3, 6, 4, 4), sample_generators(0, range(4)), known=(x_a, given), weight=weight,
+                             **settings)
         assert torch.equal(x[:, :, given], x_a[:, :, given])
         errors.append((x - x_a)[:, :, ~given].square().mean().sqrt().item())
         for (t, _), x_t in zip(diffusion.timesteps(settings.get("steps")), net.seen):

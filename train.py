@@ -8,8 +8,8 @@
     python train.py --preset minerl-400 --dry-run                         # what would be trained
 
 --out DIR (default out/PRESET-TEMPORAL) gets config.json, log.jsonl, samples/, ckpt.pt (ckpt_previous.pt is the one before)
-and, at the end, loss.png. Stop it at any time; the same command goes on from the last checkpoint, exactly. Without --preset, the column
-of the paper's Table 5 is chosen by --frames and --size. An explicit flag always wins.
+and, at the end, loss.png. Stop it at any time; the same command goes on from the last checkpoint, exactly. Without
+--preset, the column of the paper's Table 5 is chosen by --frames and --size. An explicit flag always wins.
 """
 import argparse
 import contextlib
