@@ -998,29 +998,20 @@ def test_a_signal_stops_after_the_step_and_nothing_is_lost(run_train, tmp_path, 
     assert_same(*(sample.load_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("once", "stopped")))
 
 
-def test_signals_to_the_whole_process_group_lose_nothing(run_train, tmp_path):
-    def start_and_send(number):
-        process = subprocess.Popen([sys.executable, HERE / "train.py", *TRAIN, "--workers", "2", "--steps", "100000",
-                                    "--out", tmp_path / "run"], start_new_session=True, stdout=subprocess.PIPE, text=True)
-        shown = 0
-        for line in process.stdout:
-            shown += line.startswith("step ")
-            if shown == 3:
-                os.killpg(process.pid, number)  # the data loading processes get it too
-                break
-        return process, process.communicate(timeout=60)[0]
-
-    process, rest = start_and_send(signal.SIGTERM)
+def test_a_signal_to_the_whole_process_group_loses_nothing(run_train, tmp_path):
+    process = subprocess.Popen([sys.executable, HERE / "train.py", *TRAIN, "--workers", "2", "--steps", "100000",
+                                "--out", tmp_path / "run"], start_new_session=True, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            os.killpg(process.pid, signal.SIGTERM)  # the data loading processes get it too
+            break
+    rest = process.communicate(timeout=60)[0]
     assert process.returncode == 0
     stopped = int(re.search(r"stopped at step (\d+)", rest)[1])
     assert stopped >= 3 and sample.load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == stopped
-    start_and_send(signal.SIGKILL)
-    last = sample.load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"]
     for name in ("run", "undisturbed"):
-        run_train("--steps", last + 2, "--out", tmp_path / name)
+        run_train("--steps", stopped + 1, "--out", tmp_path / name)
     assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
-    run, undisturbed = (sample.load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("run", "undisturbed"))
-    assert_same({**run, "config": None}, {**undisturbed, "config": None})
 
 
 class Killed(BaseException):
