@@ -6,6 +6,7 @@
     python bench.py --what train --temporal attention --frames 16 64 200 --attention-impl math
     python bench.py --what layer --channels 512 --frames 400 --size 4 --baseline
     python bench.py --what train sample --temporal attention --reference lucidrains      # and video-diffusion-pytorch
+    python bench.py --budget-gb 24 --frames 256 --batch-size 8                           # how wide a network fits
 
 Glossary
     train      one training step: forward, backward, fused Adam
@@ -27,6 +28,10 @@ Glossary
 The formulations of one comparison (one `what`, one number of frames) take turns, one step each; seconds are medians.
 The first turn only warms up, and on CUDA each turn begins with one more step, since the memory of those that wait is
 given back. What does not fit stays in the table as "out of memory".
+
+With --budget-gb each temporal layer has a row for the widest network, in steps of 8 base channels, whose training step takes
+no more than so many GB (of 2^30 bytes), parameters included: networks as in the paper's later edition, with base / 8 heads
+and a time embedding of 32 x base. On CUDA its allocator gets no more than the budget.
 """
 import argparse
 import contextlib
@@ -35,6 +40,7 @@ import functools
 import gc
 import importlib
 import importlib.util
+import math
 import multiprocessing
 import operator
 import os
@@ -67,6 +73,7 @@ SAMPLING_STEPS = 256
 OUT_OF_MEMORY = "out of memory"
 COLUMNS = ("what", "frames", "temporal layer", "formulation", "parameters", "seconds", "memory", "videos/s", "peak",
            "time : textbook", "memory : textbook")
+BUDGET_COLUMNS = ("frames", "temporal layer", "base channels", "parameters", "GB", "seconds", "the next takes")
 
 
 # ---------------------------------------------------------------------------------------- the textbook
@@ -254,10 +261,12 @@ def build(row, args):
         from video_diffusion_pytorch import Unet3D
         return Unet3D(dim=args.base_channels, dim_mults=(1, 2, 4, 8), channels=3, attn_heads=8, attn_dim_head=64)
     if row.what == "layer":
-        net = nn.Sequential(TemporalSSM(args.channels, args.state_size))
+        net = nn.Sequential(TemporalSSM(args.channels, args.state_size or 512))
     else:
-        config = UNetConfig(temporal=row.temporal, base_channels=args.base_channels, time_dim=16 * args.base_channels,
-                            state_size=args.state_size, attention_impl=args.attention_impl)
+        heads, time_ratio = (args.base_channels // 8, 32) if args.budget_gb else (8, 16)
+        config = UNetConfig(temporal=row.temporal, base_channels=args.base_channels, heads=heads,
+                            time_dim=time_ratio * args.base_channels, state_size=args.state_size,
+                            attention_impl=args.attention_impl, ssm=args.ssm)
         net = UNet3D(config, grad_checkpoint=args.grad_checkpoint)
     return use_textbook(net) if row.formulation == "textbook" else net
 
@@ -471,6 +480,32 @@ def compare(rows, args, bar):
             process.join()
 
 
+def widest(row, args, device):
+    """The widest network of the row's temporal layer whose training step fits --budget-gb, by bisection from
+    --base-channels on -> the cells of its row, in the order of BUDGET_COLUMNS."""
+    fits, too_wide = 0, None                    # in steps of 8 base channels
+    gigabytes, measured = {}, {}
+    while too_wide is None or too_wide - fits > 1:
+        width = (fits + too_wide) // 2 if too_wide else 2 * fits or max(1, args.base_channels // 8)
+        narrowed = argparse.Namespace(**vars(args) | {"base_channels": 8 * width})
+        tried = Row("train", row.frames, row.temporal, "ours")
+        with tqdm(total=1 + args.repeats, desc=f"{row.temporal}, base {8 * width}", leave=False, disable=None) as bar:
+            compare([tried], narrowed, bar)
+        if not tried.out_of_memory:
+            parameters = 0 if device.type == "cuda" else 4 * tried.parameters  # what `memory` leaves out
+            gigabytes[width], measured[width] = (tried.memory + parameters) / 2**30, tried
+        if gigabytes.get(width, math.inf) <= args.budget_gb:
+            fits = width
+        else:
+            too_wide = width
+    beyond = f"{gigabytes[too_wide]:.2f} GB" if too_wide in gigabytes else OUT_OF_MEMORY
+    if not fits:
+        return [str(row.frames), row.temporal, "none", *["–"] * 3, f"{beyond} (base 8)"]
+    best = measured[fits]
+    return [str(row.frames), row.temporal, str(8 * fits), f"{best.parameters / 1e6:.2f} M", f"{gigabytes[fits]:.2f}",
+            f"{best.seconds:.4g}", beyond]
+
+
 def matmul_peak(device, precision):
     """-> operations per second of the fastest of ten square matrix products."""
     n = 8192 if device.type == "cuda" else 2048
@@ -548,8 +583,8 @@ def parse_args():
     parser = Parser(prog="bench.py", description="Time and memory of the network with each temporal layer.",
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--what", nargs="+", choices=("train", "sample", "layer"), default=["train", "sample"],
-        help="training step; denoising step; the temporal SSM layer alone, forward and backward")
+    add("--what", nargs="+", choices=("train", "sample", "layer"),
+        help="training step; denoising step; the temporal SSM layer alone, forward and backward; none: the first two")
     add("--temporal", nargs="+", choices=TEMPORAL_LAYERS, default=["ssm", "attention", "linear-attention"],
         help="temporal layers of the network")
     add("--frames", nargs="+", type=positive_int, default=[16, 64, 200, 400])
@@ -557,7 +592,8 @@ def parse_args():
     add("--batch-size", type=positive_int, default=1)
     add("--base-channels", type=positive_int, default=64, help="width of the network")
     add("--channels", type=positive_int, default=64, help="width of the layer, for --what layer")
-    add("--state-size", type=positive_int, default=512, help="N of each SSM")
+    add("--state-size", type=positive_int, help="N of each SSM; none: 512, of s6 16")
+    add("--ssm", choices=model.SSMS, default="s4d", help="of --temporal mamba")
     add("--attention-impl", choices=model.ATTENTION_IMPLS, default="sdpa", help="math: with all logits at once")
     add("--precision", choices=("float32", "bf16"), default="float32")
     add("--grad-checkpoint", action="store_true", help="recompute blocks in the backward pass")
@@ -568,8 +604,14 @@ def parse_args():
     add("--threads", type=positive_int, default=1, help="CPU threads")
     add("--device", help="cpu, cuda, cuda:1; none: cuda if there is one")
     add("--memory-gb", type=positive_float, help="most that a step may take; none: on the CPU 90 %% of what is free")
-    add("--out", type=Path, help="Markdown file for the table; the figure goes beside it")
-    return parser.parse_args()
+    add("--budget-gb", type=positive_float, help="find the widest network whose training step fits, for each layer")
+    add("--out", type=Path, help="Markdown file for the table; the figure, if any, goes beside it")
+    args = parser.parse_args()
+    if args.budget_gb and (args.what not in (None, ["train"]) or args.baseline or args.reference or args.memory_gb):
+        parser.error("--budget-gb is about the training step of our networks; it does not go with --what, --baseline, "
+                     "--reference or --memory-gb")
+    args.what = args.what or (["train"] if args.budget_gb else ["train", "sample"])
+    return args
 
 
 def plan(args):
@@ -594,7 +636,7 @@ def main():
     args.device = str(device)
     if args.out and (args.out.suffix != ".md" or not args.out.parent.is_dir()):
         raise ValueError(f"--out {args.out}: expected a name that ends in .md, in a folder that exists")
-    if args.out and not importlib.util.find_spec("matplotlib"):
+    if args.out and not args.budget_gb and not importlib.util.find_spec("matplotlib"):
         print("no figure: pip install matplotlib")
     if args.reference:
         try:
@@ -603,6 +645,8 @@ def main():
             print(f"no rows of lucidrains ({error}): pip install video-diffusion-pytorch")
             args.reference = None
     comparisons = plan(args)
+    if args.budget_gb:
+        return find_widest([row for comparison in comparisons for row in comparison], args, device)
     rows = [row for comparison in comparisons for row in comparison]
     for row in rows:
         row.operations = count_operations(row, args)
@@ -610,10 +654,7 @@ def main():
     torch.set_num_threads(args.threads)
     peak = matmul_peak(device, args.precision)
     give_memory_back(device)
-    heading = [f"{describe(device)}, {args.threads} thread(s), torch {torch.__version__}, {args.precision}, "
-               f"{args.size}x{args.size}, batch {args.batch_size}, base {args.base_channels}: "
-               f"`{shlex.join(['python', 'bench.py', *sys.argv[1:]])}`",
-               f"peak: {peak / 1e9:,.0f} GFLOP/s"]
+    heading = [f"{settings(args, device)}, base {args.base_channels}: {asked()}", f"peak: {peak / 1e9:,.0f} GFLOP/s"]
     table = [markdown(COLUMNS), markdown(["---"] * len(COLUMNS))]
     print(*heading, "", *table, sep="\n", flush=True)
     measured = []
@@ -633,6 +674,29 @@ def main():
                         save(args.out, heading, measured, table)
     except KeyboardInterrupt:
         sys.exit("bench.py: interrupted; the table has what was measured until then")
+
+
+def find_widest(rows, args, device):
+    """Print, and write to --out, the table of --budget-gb."""
+    if device.type == "cuda":
+        args.memory_gb = args.budget_gb
+    lines = [f"{settings(args, device)}, budget {args.budget_gb:g} GB: {asked()}", "", markdown(BUDGET_COLUMNS),
+             markdown(["---"] * len(BUDGET_COLUMNS))]
+    print(*lines, sep="\n", flush=True)
+    for row in rows:
+        lines.append(markdown(widest(row, args, device)))
+        print(lines[-1], flush=True)
+        if args.out:
+            replace_with(args.out, lambda temporary: temporary.write_text("\n".join([*lines, ""])))
+
+
+def settings(args, device):
+    return (f"{describe(device)}, {args.threads} thread(s), torch {torch.__version__}, {args.precision}, "
+            f"{args.size}x{args.size}, batch {args.batch_size}")
+
+
+def asked():
+    return f"`{shlex.join(['python', 'bench.py', *sys.argv[1:]])}`"
 
 
 def describe(device):

@@ -114,10 +114,11 @@ FIELD_OF_VIEW = 84      # degrees
 WALL_HEIGHT = 0.75      # in cells; seen from half of it, so that sky and floor stay in view even before a wall
 DIM_SIDE = 0.78         # brightness of walls along x against those along y: corners show between equal colours
 DIMMING = 0.22          # brightness falls as 1 / (1 + DIMMING * distance)
-MOST_COMMON = 0.45      # share of walls that have the maze's main colour: the others are its landmarks
+MOST_COMMON = 0.45      # share of walls that have the maze's main colour, its label: the others are its landmarks
 STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 WALL_COLOURS = np.array([(214, 64, 52), (232, 150, 40), (222, 206, 70), (74, 168, 76),
                          (56, 162, 190), (66, 88, 200), (158, 76, 188), (226, 120, 160)], np.float32)
+COLOUR_NAMES = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 SKY, HAZE, FLOOR = np.array([(104, 164, 236), (196, 208, 220), (112, 100, 88)], np.float32)
 
 
@@ -144,13 +145,32 @@ class MazeVideos:
 
     def clip(self, *key):
         """key: non-negative integers -> uint8 (frames, size, size, 3)."""
-        rng = _generator(int(self.split == "test"), *key)
-        walls = _maze(rng)
-        main_colour = rng.integers(len(WALL_COLOURS))
+        rng, walls, main_colour = self._walls(*key)
         colours = np.where(rng.random(walls.shape) < MOST_COMMON, main_colour,
                            rng.integers(len(WALL_COLOURS), size=walls.shape))
         # The path comes last: it draws as many numbers as it has turns, and a longer one must not move the rest.
         return _render(_maze_path(rng, walls, self.frames), walls, WALL_COLOURS[colours], self.size)
+
+    def label(self, *key):
+        """The label of clip(*key): the main colour of the maze's walls, one of COLOUR_NAMES. (It need not be the one
+        that a short clip shows most of: see `wall_colour`.)"""
+        return COLOUR_NAMES[self._walls(*key)[2]]
+
+    def _walls(self, *key):
+        """-> the maze's generator, after its walls and the number of their main colour, which follow it."""
+        rng = _generator(int(self.split == "test"), *key)
+        return rng, _maze(rng), rng.integers(len(WALL_COLOURS))
+
+
+def wall_colour(video):
+    """uint8 maze video (frames, h, w, 3) -> the name of the wall colour that most of its pixels have.
+
+    A pixel has the hue that is nearest by angle, so that neither distance nor side matters; sky and floor do not count.
+    """
+    hues = np.concatenate([WALL_COLOURS, [SKY, HAZE, FLOOR]])
+    hues = hues / np.linalg.norm(hues, axis=1, keepdims=True)
+    nearest = (video.reshape(-1, 3) @ hues.T).argmax(1)
+    return COLOUR_NAMES[np.bincount(nearest, minlength=len(hues))[:len(COLOUR_NAMES)].argmax()]
 
 
 def _wall(cell, direction):
@@ -306,11 +326,23 @@ def _digest(*values):
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
+def class_names(path):
+    """The labels in whatever --data names, sorted: see `open_videos`. Empty if it has none. Raises DataError."""
+    if path is None or str(path) == "maze":
+        return sorted(COLOUR_NAMES)
+    path = Path(path)
+    if path.is_file() and path.suffix.lower() == ".npy":
+        labels = [video["label"] for video in _read_videos(path, _open_array(path).shape)]
+    else:
+        labels = [_label_and_split(name, {})[0] for name, _ in _find_videos(path)[0]]
+    return sorted(set(labels) - {None})
+
+
 class PackedVideos:
     """Clips from a packed .npy file, memory-mapped; every window of every video of the split is equally likely.
 
     A .npy without an index beside it is read, too: (n, frames, h, w, 3) is n videos, as sample.py writes them, and
-    (frames, h, w, 3) is one; all of them count as "train".
+    (frames, h, w, 3) is one; all of them count as "train". Labels are those of "labels" in NAME.npy.json, if any.
 
     Attributes: path, frames, size, split as given; splits, the splits the file has; videos, the index entries of the
     split's videos that are long enough; num_too_short, how many are not; num_windows. Raises DataError when the file
@@ -346,10 +378,23 @@ class PackedVideos:
 
     def clip(self, *key):
         """key: non-negative integers -> uint8 (frames, size, size, 3)."""
+        video, window = self._video_and_window(*key)
+        start = self._starts[video] + window
+        return np.array(self._pixels[start:start + self.frames])
+
+    def label(self, *key):
+        """The label of the video that clip(*key) is cut from, or None."""
+        return self.videos[self._video_and_window(*key)[0]]["label"]
+
+    def _video_and_window(self, *key):
         window = _generator(*key).integers(self.num_windows)
         video = np.searchsorted(self._first_windows, window, side="right") - 1
-        start = self._starts[video] + window - self._first_windows[video]
-        return np.array(self._pixels[start:start + self.frames])
+        return video, window - self._first_windows[video]
+
+    def video(self, i):
+        """-> all frames of self.videos[i], uint8 (length, size, size, 3)."""
+        start, length = self.videos[i]["start"], self.videos[i]["length"]
+        return self._pixels[start:start + length]
 
     def __getstate__(self):
         # A memory map pickles as a copy of all its data; worker processes open the file themselves instead.
@@ -391,8 +436,9 @@ def _read_videos(path, shape):
     index_path = path.with_suffix(".json")
     if not index_path.exists():
         count, length = shape[:2] if len(shape) == 5 else (1, shape[0])
-        return [{"name": f"{path.name}[{i}]", "start": i * length, "length": length, "label": None, "split": "train"}
-                for i in range(count)]
+        labels = _sample_labels(path.with_name(path.name + ".json"), count)
+        return [{"name": f"{path.name}[{i}]", "start": i * length, "length": length, "label": label, "split": "train"}
+                for i, label in enumerate(labels)]
     index = _read_index(index_path)
     end = 0
     for number, video in enumerate(index["videos"]):
@@ -405,6 +451,17 @@ def _read_videos(path, shape):
         raise DataError(f"{index_path} describes {end} frames of size {index['size']}, but {path} holds {shape}; "
                         f"delete both and pack again")
     return index["videos"]
+
+
+def _sample_labels(path, count):
+    """The labels that sample.py noted of `count` videos in NAME.npy.json; None for each if it did not."""
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return [None] * count
+    if not isinstance(labels, list) or len(labels) != count or not all(isinstance(label, str) for label in labels):
+        raise DataError(f"{path} has labels that do not fit the {count} videos; move it away to read them without")
+    return labels
 
 
 def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=False):
@@ -591,6 +648,21 @@ def decode(path, size):
     if not small:
         raise ValueError("has no frames")
     return np.stack(small)
+
+
+def read_whole_videos(path, size):
+    """The videos of a packed or plain .npy file, or another kind of video file -> list of uint8 (frames, size, size, 3).
+
+    Raises DataError.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix.lower() == ".npy":
+        packed = PackedVideos(path, 1, size, "all")
+        return [packed.video(i) for i in range(len(packed.videos))]
+    video, reason = _decode_or_reason(path, size)
+    if reason:
+        raise DataError(f"{path} cannot be read as a video: {reason}")
+    return [video]
 
 
 def _read_tensor(path):
@@ -856,7 +928,7 @@ def _pack_mazes(out, size, frames, num, seed):
     walks = MazeVideos(frames, size)
 
     def videos(first):
-        return ((f"walk{i:05d}", None, "train", walks.clip(seed, i), None) for i in range(first, num))
+        return ((f"walk{i:05d}", walks.label(seed, i), "train", walks.clip(seed, i), None) for i in range(first, num))
 
     _write_packed(out, size, videos, num, [], _digest("maze", size, frames, num, seed))
 

@@ -1,23 +1,30 @@
-"""Denoising diffusion with the cosine schedule: noising, the ε-prediction loss, ancestral (DDPM) sampling.
+"""Denoising diffusion with the cosine schedule: noising, the loss, ancestral (DDPM) and DDIM sampling.
 
 Needs torch alone. The network is an argument, never a member: any `net(x_t, t) -> ε` will do, wrapped or not.
 
     diffusion = Diffusion(T=256)
     loss = diffusion.loss(net, x_0, t, noise).mean()
     videos = diffusion.sample(net, (2, 3, 16, 32, 32), sample_generators(seed=0, indices=[0, 1]))
+    videos = diffusion.sample(net, (2, 3, 16, 32, 32), sample_generators(0, [0, 1]), steps=50, eta=0)    # DDIM
 
-Glossary (Ho et al. 2020, "DDPM", arXiv 2006.11239, whose equation numbers stand below)
+Glossary (Ho et al. 2020, "DDPM", arXiv 2006.11239, whose equation numbers stand below where no other paper is named)
     T           number of diffusion steps; t runs from 0 (least noise) to T - 1, the paper's 1 .. T
-    x_0, x_t    data in [-1, 1], and the same after t steps of noise
+    x_0, x_t    data in [-1, 1], and the same after t steps of noise; x_{-1}, after the last step of sampling, is x_0
     ε           the standard normal noise in x_t, which the network predicts
-    β_t, α_t    variance added at step t, α_t = 1 - β_t;  ᾱ_t = Π_{s≤t} α_s
+    v           √ᾱ_t ε - √(1 - ᾱ_t) x_0, which it may predict instead (Salimans & Ho 2022, arXiv 2202.00512)
+    β_t, α_t    variance added at step t, α_t = 1 - β_t;  ᾱ_t = Π_{s≤t} α_s, and ᾱ_{-1} = 1
     β̃_t, μ̃_t    variance and mean of the posterior q(x_{t-1} | x_t, x_0)
+    x^a, x^b    of a video some of whose frames are given: those, and the others (Ho et al. 2022, arXiv 2204.03458)
+    η           noise that DDIM adds (Song et al. 2021, arXiv 2010.02502): 0 none, 1 as much as the posterior has
 Every random number is a function of a key such as (seed, step, sample index): see `key_to_seed`.
 """
+import functools
 import hashlib
 import math
 
 import torch
+
+PREDICTIONS = ("eps", "v")
 
 
 def cosine_betas(T, s=0.008, beta_max=0.9999):
@@ -30,16 +37,20 @@ def cosine_betas(T, s=0.008, beta_max=0.9999):
 class Diffusion:
     """A diffusion process of T steps; its tables, (T,) float32 each, live on `device`.
 
-    Raises ValueError for T < 1.
+    prediction: what the network's output is, "eps" or "v". Raises ValueError for another, or T < 1.
     """
 
-    def __init__(self, T=256, device="cpu"):
+    def __init__(self, T=256, device="cpu", prediction="eps"):
         if T < 1:
             raise ValueError(f"T is {T}; expected at least one diffusion step")
-        self.T, self.device = T, device
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction is {prediction!r}; expected one of {', '.join(PREDICTIONS)}")
+        self.T, self.device, self.prediction = T, device, prediction
         betas = cosine_betas(T)
         alphas_cumprod = torch.cumprod(1 - betas, 0)                                        # ᾱ_t
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])     # ᾱ_{t-1}
+
+        self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # ᾱ_t as numbers; the last, found at t = -1, is ᾱ_{-1}
 
         def table(values):
             return values.float().to(device)
@@ -71,32 +82,116 @@ class Diffusion:
         mean = extract(self.posterior_mean_x0, t, x_t) * x_0 + extract(self.posterior_mean_xt, t, x_t) * x_t
         return mean, extract(self.posterior_variance, t, x_t)
 
+    def v(self, x_0, t, noise):
+        """-> v of shape (b, ...), for which x_0 = √ᾱ_t x_t - √(1 - ᾱ_t) v (Salimans & Ho, App. D)."""
+        sqrt_alpha_bar = extract(self.sqrt_alphas_cumprod, t, x_0)
+        sqrt_one_minus_alpha_bar = extract(self.sqrt_one_minus_alphas_cumprod, t, x_0)
+        return sqrt_alpha_bar * noise - sqrt_one_minus_alpha_bar * x_0
+
     def loss(self, net, x_0, t, noise, kind="l2"):
-        """‖ε - ε_θ(x_t, t)‖² per video, averaged over its values, Eq. 14 ("l1": the absolute difference) -> (b,)."""
+        """‖ε - ε_θ(x_t, t)‖² per video, averaged over its values, Eq. 14 ("l1": the absolute difference) -> (b,).
+
+        With prediction "v", the same of v.
+        """
         if kind not in ("l2", "l1"):
             raise ValueError(f"loss is {kind!r}; expected 'l2' or 'l1'")
-        error = net(self.q_sample(x_0, t, noise), t).float() - noise
+        target = noise if self.prediction == "eps" else self.v(x_0, t, noise)
+        error = net(self.q_sample(x_0, t, noise), t).float() - target
         return (error.square() if kind == "l2" else error.abs()).flatten(1).mean(1)
 
+    def denoise(self, net, x_t, t):
+        """The network's x̂_0 for x_t (b, ...) at step t, an int, not clipped -> (b, ...). Gradients pass."""
+        t = torch.full(x_t.shape[:1], t, device=x_t.device)
+        output = net(x_t, t).float()
+        # x_0 is to (v, x_t) what v is to (x_0, ε)
+        return self.predict_x0(x_t, t, output) if self.prediction == "eps" else self.v(output, t, x_t)
+
+    def timesteps(self, steps=None):
+        """-> [(t, s), ...]: `steps` (none: T) steps of sampling from t to s, evenly spaced from T - 1 down to 0 and on
+        to -1, which is x_0. One step goes from T - 1 to -1. Raises ValueError unless 1 <= steps <= T."""
+        steps = self.T if steps is None else steps
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"{steps} sampling steps: expected 1 to {self.T}, the diffusion steps")
+        times = [self.T - 1 - round(i * (self.T - 1) / max(1, steps - 1)) for i in range(steps)]
+        return list(zip(times, [*times[1:], -1]))
+
+    def step(self, x_t, x_0, t, s, generators, eta=None):
+        """One step of sampling: x_t (b, ...) and its x̂_0 -> x_s. t > s: ints, see `timesteps`.
+
+        eta: η of DDIM; None: ancestral, where s = t - 1. generators: of the noise that the step adds, if it does.
+        """
+        shape = x_t.shape[1:]
+        if eta is None:
+            mean, variance = self.posterior(x_0, x_t, torch.full(x_t.shape[:1], t, device=x_t.device))
+            # β̃_0 = 0: the last step adds no noise
+            return mean + variance.sqrt() * randn_each(shape, generators) if t > 0 else mean
+        at, before = self.alpha_bars[t], self.alpha_bars[s]                                 # ᾱ_t, ᾱ_s
+        eps = (x_t - at ** 0.5 * x_0) / (1 - at) ** 0.5                                     # the ε of x_t and x̂_0
+        # Song et al., Eq. 16: σ, and Eq. 12: x_s = √ᾱ_s x_0 + √(1 - ᾱ_s - σ²) ε + σ z
+        sigma = eta * ((1 - before) / (1 - at) * (1 - at / before)) ** 0.5
+        x_s = before ** 0.5 * x_0 + max(0, 1 - before - sigma ** 2) ** 0.5 * eps
+        return x_s + sigma * randn_each(shape, generators) if sigma > 0 else x_s
+
+    def denoise_given(self, net, x_t, t, x_a, given, weight):
+        """`denoise` of videos x_t (b, c, f, ...) whose frames `given` (f,), a bool each, are those of x_a (b, c, f, ...)
+        -> (b, c, f, ...), not clipped. weight: w_r of reconstruction guidance; 0: the network's x̂^b as it is."""
+        if weight == 0:
+            x_0 = self.denoise(net, x_t, t)
+        else:
+            with torch.enable_grad():
+                x_t = x_t.detach().requires_grad_()
+                x_0 = self.denoise(net, x_t, t)
+                error = (x_a - x_0)[:, :, given].square().sum()
+            [gradient] = torch.autograd.grad(error, x_t)
+            # Ho et al. 2022, Eq. 7, whose α_t is √ᾱ_t: x̃^b = x̂^b - w_r α_t / 2 ∇_{x_t^b} ‖x^a - x̂^a‖²
+            x_0 = x_0.detach() - weight * self.alpha_bars[t] ** 0.5 / 2 * gradient
+        return torch.where(given.view(-1, *[1] * (x_t.dim() - 3)), x_a, x_0)
+
     @torch.no_grad()
-    def sample(self, net, shape, generators, progress=None):
-        """Draw videos by ancestral sampling, Algorithm 2, with x̂_0 clipped to [-1, 1] at every step.
+    def sample(self, net, shape, generators, progress=None, steps=None, eta=None, known=None, weight=1.0):
+        """Draw videos by ancestral sampling, Algorithm 2, or DDIM, with x̂_0 clipped to [-1, 1] at every step.
 
         shape: (b, c, f, h, w). generators: b torch.Generators on the diffusion's device, one per video, so that a
         video does not depend on what else is in its batch. progress: wraps the iterable of steps (tqdm, say).
-        Returns float32 (b, c, f, h, w) in [-1, 1].
+        eta: η of DDIM, from 0 to 1; None: ancestral sampling. steps: how many, of DDIM, from 1 to T; None: T.
+        known: x_a (b, c, f, h, w) and given (f,), whether a frame is to be that of x_a; None: draw all of them. At every
+            step the given frames have the noise of the forward process (the "replacement method" of Ho et al. 2022),
+            since theirs is the true x_0, and come out as they are.
+        weight: w_r of the reconstruction guidance that draws the others towards them; 0: the replacement method alone.
+        Returns float32 (b, c, f, h, w) in [-1, 1]. Raises ValueError for settings that do not fit.
         """
         if len(generators) != shape[0]:
             raise ValueError(f"{len(generators)} generators for {shape[0]} videos; expected one each")
+        if eta is None and steps not in (None, self.T) or eta is not None and not 0 <= eta <= 1:
+            raise ValueError(f"{steps} steps, eta {eta}: expected eta from 0 to 1, or None and all {self.T} steps")
+        times = self.timesteps(steps)
         x = randn_each(shape[1:], generators)
-        steps = range(self.T - 1, -1, -1)
-        for step in progress(steps) if progress else steps:
-            t = torch.full(shape[:1], step, device=x.device)
-            x_0 = self.predict_x0(x, t, net(x, t).float()).clamp(-1, 1)
-            mean, variance = self.posterior(x_0, x, t)
-            # β̃_0 = 0: the last step adds no noise
-            x = mean + variance.sqrt() * randn_each(shape[1:], generators) if step > 0 else mean
+        if known is not None:
+            x_a, given = known
+            x[:, :, given] = self.q_sample(x_a, torch.full(shape[:1], self.T - 1, device=x.device), x)[:, :, given]
+        for t, s in progress(times) if progress else times:
+            x_0 = self.denoise(net, x, t) if known is None else self.denoise_given(net, x, t, *known, weight)
+            x_0 = x_0.clamp(-1, 1)
+            x = self.step(x, x_0, t, s, generators, eta)
         return x
+
+
+def with_guidance(net, labels, null, guidance=1.0):
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): a network (x_t, t) -> output for `sample`.
+
+    net: (x_t, t, labels) -> output, of any prediction. labels: (b,) int. null: the label of no class.
+    guidance: w; 1: the network's own output for the labels, 0: for no class.
+    """
+    if guidance == 1:
+        return functools.partial(net, labels=labels)
+    both = torch.cat([labels, torch.full_like(labels, null)])
+
+    def guided(x_t, t):
+        # Eq. 6, whose own w is ours - 1: ε̃ = ε_∅ + w (ε_c - ε_∅)
+        of_class, of_none = net(torch.cat([x_t, x_t]), torch.cat([t, t]), both).float().chunk(2)
+        return of_none + guidance * (of_class - of_none)
+
+    return guided
 
 
 def extract(table, t, like):
@@ -126,6 +221,11 @@ def training_noise(shape, seed, step, indices, T, device="cpu"):
     generators = [torch.Generator(device).manual_seed(key_to_seed("train", seed, step, i)) for i in indices]
     t = torch.cat([torch.randint(T, (1,), generator=g, device=device) for g in generators])
     return t, randn_each(shape, generators)
+
+
+def label_dropped(rate, seed, step, index):
+    """Whether a training step hides a sample's label: a function of (seed, step, index), true at the given rate."""
+    return key_to_seed("label dropout", seed, step, index) % 2 ** 32 < rate * 2 ** 32
 
 
 def randn_each(shape, generators):

@@ -48,6 +48,7 @@ class UNetConfig:
     bidirectional: bool = True
     skip: str = "input"                 # of the temporal SSM layer: its input, or the normalised input ("norm")
     ssm: str = "s4d"                    # of mamba, or "s6": selective
+    classes: int = 0                    # labels 0 .. classes - 1, and `classes` for no class; 0: no labels
 
     def __post_init__(self):
         if self.state_size is None:
@@ -418,6 +419,7 @@ class UNet3D(nn.Module):
     config: UNetConfig. grad_checkpoint: recompute every block in the backward pass instead of keeping its activations.
 
     forward: x (b, c, f, h, w) float, t (b,) int -> (b, c, f, h, w). Any f >= 1; h and w divisible by 2^(levels - 1).
+        labels (b,) int, 0 .. classes: of a network with classes; None: of no class.
     Raises ValueError for other shapes.
     """
 
@@ -456,12 +458,17 @@ class UNet3D(nn.Module):
 
         self.final_res = ResNetBlock(2 * base, base)
         self.final_conv = nn.Conv3d(base, config.video_channels, 1)
+        # last, so that the other first weights are those of a network without classes
+        self.class_embedding = nn.Embedding(config.classes + 1, config.time_dim) if config.classes else None
 
-    def forward(self, x, t):
-        self.check_shapes(x, t)
+    def forward(self, x, t, labels=None):
+        self.check_shapes(x, t, labels)
         run = self.run
         temporal_args = () if self.position_bias is None else (self.position_bias(x.shape[2]),)
         time_embedding = self.time_mlp(sinusoidal_embedding(t, self.config.base_channels))  # b time_dim
+        if self.class_embedding is not None:
+            labels = torch.full_like(t, self.config.classes) if labels is None else labels
+            time_embedding = time_embedding + self.class_embedding(labels)
 
         x = self.stem(x)                                                                    # b base f h w
         x = stem = run(self.stem_temporal, x, *temporal_args)
@@ -489,7 +496,7 @@ class UNet3D(nn.Module):
             return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
         return block(*args)
 
-    def check_shapes(self, x, t):
+    def check_shapes(self, x, t, labels):
         channels, levels = self.config.video_channels, len(self.config.channel_mults)
         factor = 2 ** (levels - 1)
         if x.dim() != 5 or x.shape[1] != channels or 0 in x.shape:
@@ -499,6 +506,9 @@ class UNet3D(nn.Module):
                              f"divisible by {factor}")
         if t.shape != x.shape[:1]:
             raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one step per video")
+        if labels is not None and (self.class_embedding is None or labels.shape != t.shape):
+            raise ValueError(f"labels have shape {tuple(labels.shape)}; this network of {self.config.classes} classes "
+                             f"expected {tuple(t.shape) if self.config.classes else 'none'}")
 
 
 def count_parameters(module):

@@ -189,7 +189,7 @@ class DiagonalSSM(nn.Module):
 
     def impulse_response(self, L):
         """-> K (d, L) with D added at lag 0, so that the convolution with it is K * u + D u."""
-        if self.kept is not None and self.kept.shape[1] == L and not torch.is_grad_enabled():
+        if self.kept is not None and self.kept.shape[1] == L and not (torch.is_grad_enabled() and self.D.requires_grad):
             return self.kept
         K = self.kernel(L)
         return torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], 1)
@@ -222,8 +222,8 @@ class S4D(DiagonalSSM):
 def kernels_once(net, L):
     """In this context every SSM inside `net` computes its kernel for L frames once, not in every call: for sampling.
 
-    Enter it anew when parameters have changed: the kernels are dropped at its end. Where gradients are asked for they
-    are not used.
+    Enter it anew when parameters have changed: the kernels are dropped at its end. Where gradients of the parameters are
+    asked for they are not used.
     """
     ssms = [module for module in net.modules() if isinstance(module, DiagonalSSM)]
     try:

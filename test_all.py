@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import faulthandler
+import hashlib
 import http.server
 import importlib.util
 import io
@@ -34,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
 import data
+import diffusion
 import fvd
 import model
 import s4d
@@ -41,7 +43,7 @@ import sample
 import train
 from bench import TextbookTemporalSSM
 from data import MazeVideos
-from diffusion import Diffusion, sample_generators, training_noise
+from diffusion import Diffusion, label_dropped, sample_generators, training_noise, with_guidance
 from model import UNet3D, UNetConfig
 from s4d import S4D, S4DKernel, TemporalSSM
 from sample import draw, run
@@ -330,6 +332,9 @@ def test_kernels_are_computed_once_and_dropped(monkeypatch):
     with s4d.kernels_once(net, 6), torch.no_grad():
         assert torch.allclose(ssm.impulse_response(6)[:, 0], K[:, 0] + 1)
     assert all(module.kept is None for module in net.modules() if isinstance(module, s4d.DiagonalSSM))
+    net.requires_grad_(False)
+    with s4d.kernels_once(net, 6):
+        assert ssm.impulse_response(6) is ssm.kept, "for gradients of the video alone, as in reconstruction guidance"
     monkeypatch.setattr("sample.kernels_once", lambda net, frames: contextlib.nullcontext())
     with torch.no_grad():
         ssm.D.sub_(1)
@@ -414,6 +419,25 @@ def test_which_frames_a_frame_sees(layer, settings, bidirectional, positions):
         assert (later > 1e-12).all() if bidirectional else (later < 1e-14).all(), "the future"
         seen[:, 0, 0] = 0
         assert not (seen > 1e-14).any(), "other positions"
+
+
+@pytest.mark.parametrize("temporal", ["ssm", "gss", "mamba"])
+def test_what_of_an_unidirectional_network_is_not_causal(temporal, monkeypatch):
+    """Its group norms, whose statistics are of all frames, and nothing else."""
+    torch.manual_seed(0)
+    net = randomise(UNet3D(UNetConfig(temporal=temporal, bidirectional=False, **TINY))).double()
+    net.time_mlp.register_forward_pre_hook(lambda module, args: args[0].double())
+
+    def later_frames():
+        x = torch.randn(1, 3, 5, 4, 4, dtype=torch.float64, requires_grad=True)
+        [gradient] = torch.autograd.grad(net(x, torch.tensor([3]))[:, :, 2].square().sum(), x)
+        return gradient.abs().amax(dim=(0, 1, 3, 4))[3:]
+
+    assert (later_frames() > 1e-8).all()
+    group_norm = F.group_norm
+    monkeypatch.setattr(F, "group_norm", lambda x, *settings: torch.stack(
+        [group_norm(frame, *settings) for frame in x.unbind(2)], dim=2))
+    assert (later_frames() < 1e-14).all()
 
 
 def selective_recurrence(ssm, u):
@@ -542,7 +566,7 @@ def test_every_parameter_has_a_gradient(temporal):
         assert not without
 
 
-@pytest.mark.parametrize("temporal", ["ssm", "attention", "gss", "mamba"])
+@pytest.mark.parametrize("temporal", ["ssm", "attention"])
 def test_compiled_network_is_one_graph_and_stays_it(temporal):
     """With a backend that compiles nothing: what is tested is that torch.compile can follow the whole network."""
     torch.manual_seed(0)
@@ -615,6 +639,28 @@ def test_network_refuses(shape, t, words):
         UNet3D(UNetConfig(**TINY))(torch.randn(shape), torch.zeros(t, dtype=torch.long))
 
 
+def test_classes_are_added_and_change_no_other_first_weight():
+    nets = []
+    for classes in (0, 3):
+        torch.manual_seed(0)
+        nets.append(UNet3D(UNetConfig(**TINY, classes=classes)))
+    plain, net = nets
+    weights = net.state_dict()
+    assert list(weights)[:-1] == list(plain.state_dict()) and list(weights)[-1] == "class_embedding.weight"
+    assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())
+    x, t = torch.randn(2, 3, 4, 8, 8), torch.tensor([3, 7])
+    outputs = [net(x, t, torch.tensor([label, label])) for label in range(4)]
+    assert all((outputs[i] - outputs[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
+    assert torch.equal(net(x, t), outputs[3]), "no labels: no class"
+    with torch.no_grad():
+        net.class_embedding.weight[1] = 0
+    assert torch.equal(net(x, t, torch.tensor([1, 1])), plain(x, t))
+    assert train.parts(net)["time"] - train.parts(plain)["time"] == 4 * TINY["time_dim"]
+    for network, labels in [(plain, torch.tensor([0, 0])), (net, torch.tensor([0]))]:
+        with pytest.raises(ValueError, match="labels have shape .* expected"):
+            network(x, t, labels)
+
+
 def test_an_unknown_temporal_layer_is_refused_with_the_names():
     with pytest.raises(ValueError, match="'lstm'.*ssm, attention, linear-attention, gss, mamba, none"):
         UNet3D(UNetConfig("lstm"))
@@ -670,6 +716,80 @@ def test_an_oracle_denoiser_recovers_x0():
         assert torch.allclose(process.sample(oracle, x_0.shape, sample_generators(0, [0, 1])), x_0, atol=1e-4)
 
 
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("T, steps", [(1, 1), (20, 1), (20, 7), (256, 2), (256, 50), (256, 256), (1000, 3)])
+def test_an_oracle_denoiser_recovers_x0_by_ddim_at_any_number_of_steps(T, steps, prediction):
+    process = Diffusion(T, prediction=prediction)
+    x_0, calls = torch.rand(2, 3, 4, 8, 8) * 2 - 1, []
+
+    def oracle(x_t, t):
+        calls.append(t[0].item())
+        a = process.alphas_cumprod[t].view(-1, 1, 1, 1, 1)
+        eps = (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
+        return eps if prediction == "eps" else process.v(x_0, t, eps)
+
+    for eta in (0, 0.5, 1):
+        drawn = process.sample(oracle, x_0.shape, sample_generators(0, [0, 1]), steps=steps, eta=eta)
+        # in one step, x_0 is what is left of ε's rounding
+        assert torch.allclose(drawn, x_0, atol=1e-4 if steps > 1 or prediction == "v" else 2e-3)
+    assert calls[:steps] == sorted(set(calls), reverse=True)
+    assert calls[0] == T - 1 and (steps == 1 or calls[-1] == 0), "the timesteps include T - 1 and 0"
+
+
+def test_ddim_at_eta_1_with_all_steps_is_the_posterior(monkeypatch):
+    process = Diffusion(20)
+    x_t, x_0 = torch.randn(50, 4), torch.rand(50, 4)
+    for t, s in process.timesteps():
+        mean, variance = process.posterior(x_0, x_t, torch.full((50,), t))
+        for z in (0, 1):
+            monkeypatch.setattr(diffusion, "randn_each", lambda shape, generators, z=z: torch.full((50, *shape), z))
+            x_s = process.step(x_t, x_0, t, s, None, eta=1)
+            assert torch.allclose(x_s, mean + z * variance.sqrt(), atol=1e-5)
+    monkeypatch.undo()
+
+    def net(x, t):
+        return 0.9 * x + 0.1 * torch.sin(3 * x + t.view(-1, 1, 1, 1, 1))
+
+    def sampled(seed, **settings):
+        return process.sample(net, (2, 3, 2, 4, 4), sample_generators(seed, [0, 1]), **settings)
+
+    assert torch.allclose(sampled(0, eta=1), sampled(0), atol=1e-4)
+    assert not torch.allclose(sampled(0, eta=1, steps=19), sampled(0), atol=1e-2)
+
+
+def test_ddim_at_eta_0_draws_noise_once():
+    process, generators = Diffusion(20), sample_generators(0, [0])
+    first = process.sample(lambda x, t: x, (1, 3, 2, 4, 4), generators, steps=5, eta=0)
+    [expected] = sample_generators(0, [0])
+    torch.randn(3, 2, 4, 4, generator=expected)
+    assert torch.equal(generators[0].get_state(), expected.get_state()), "x_T is all that is random"
+    assert torch.equal(first, process.sample(lambda x, t: x, (1, 3, 2, 4, 4), sample_generators(0, [0]), steps=5, eta=0))
+
+
+@pytest.mark.parametrize("settings", [dict(eta=1.5), dict(eta=-0.1), dict(eta=0, steps=21), dict(eta=0, steps=0),
+                                      dict(steps=10)])
+def test_sampling_refuses(settings):
+    with pytest.raises(ValueError, match="expected"):
+        Diffusion(20).sample(lambda x, t: x, (1, 3, 2, 4, 4), sample_generators(0, [0]), **settings)
+
+
+def test_v_x0_and_eps_are_each_others():
+    process = Diffusion(256, prediction="v")
+    x_0, noise, t = torch.rand(4, 3, 2, 4, 4), torch.randn(4, 3, 2, 4, 4), torch.tensor([0, 10, 128, 255])
+    x_t, v = process.q_sample(x_0, t, noise), process.v(x_0, t, noise)
+    a = process.alphas_cumprod[t].view(-1, 1, 1, 1, 1)
+    assert torch.allclose(a.sqrt() * x_t - (1 - a).sqrt() * v, x_0, atol=1e-5)
+    assert torch.allclose((1 - a).sqrt() * x_t + a.sqrt() * v, noise, atol=1e-5)
+    assert torch.allclose(x_t.square() + v.square(), x_0.square() + noise.square(), atol=1e-4), "a rotation"
+    for step in (0, 128, 255):
+        t = torch.full((4,), step)
+        x_t, v = process.q_sample(x_0, t, noise), process.v(x_0, t, noise)
+        assert torch.allclose(process.denoise(lambda x, t: v, x_t, step), x_0, atol=1e-5)
+    assert torch.allclose(process.loss(lambda x, t: v + 2, x_0, t, noise), torch.full((4,), 4.0), atol=1e-4)
+    with pytest.raises(ValueError, match="'x0'"):
+        Diffusion(8, prediction="x0")
+
+
 def test_losses():
     process = Diffusion(16)
     x_0, noise, t = torch.zeros(3, 3, 2, 4, 4), torch.randn(3, 3, 2, 4, 4), torch.tensor([0, 5, 15])
@@ -677,6 +797,37 @@ def test_losses():
     assert torch.allclose(process.loss(lambda x, t: noise - 2, x_0, t, noise, "l1"), torch.full((3,), 2.0))
     with pytest.raises(ValueError, match="'huber'"):
         process.loss(lambda x, t: noise, x_0, t, noise, "huber")
+
+
+def test_guidance_is_one_call_for_both_branches():
+    calls = []
+
+    def net(x_t, t, labels):
+        calls.append(labels.tolist())
+        return x_t * (1 + labels.view(-1, 1) + t.view(-1, 1))
+
+    x_t, t, labels = torch.randn(2, 3), torch.tensor([5, 5]), torch.tensor([1, 2])
+    of_class, of_none = net(x_t, t, labels), net(x_t, t, torch.tensor([9, 9]))
+    calls.clear()
+    assert torch.equal(with_guidance(net, labels, null=9)(x_t, t), of_class)
+    for guidance, expected in [(0, of_none), (3, 3 * of_class - 2 * of_none)]:
+        assert torch.allclose(with_guidance(net, labels, 9, guidance)(x_t, t), expected, atol=1e-5)
+    assert calls == [[1, 2], [1, 2, 9, 9], [1, 2, 9, 9]]
+
+
+def test_a_tenth_of_the_labels_is_dropped_by_seed_step_and_index():
+    dropped = np.array([[label_dropped(0.1, 0, step, i) for i in range(50)] for step in range(50)])
+    assert 0.08 < dropped.mean() < 0.12 and dropped.any(0).mean() > 0.9 and dropped.any(1).mean() > 0.9
+    assert (dropped != [[label_dropped(0.1, 1, step, i) for i in range(50)] for step in range(50)]).any()
+    args = SimpleNamespace(classes=data.class_names("maze"), seed=0)
+    labels = train.training_labels(MazeVideos(2, 8), args, 7, range(40), "cpu")
+    for rank in range(2):
+        mine = range(20 * rank, 20 * rank + 20)
+        assert torch.equal(train.training_labels(MazeVideos(2, 8), args, 7, mine, "cpu"), labels[mine])
+    for i, label in enumerate(labels):
+        name = MazeVideos(2, 8).label(0, 7, i)
+        assert label == (8 if dropped[7, i] else args.classes.index(name))
+    assert train.training_labels(MazeVideos(2, 8), SimpleNamespace(classes=None), 7, range(4), "cpu") is None
 
 
 def test_training_noise_is_a_function_of_seed_step_and_index():
@@ -705,6 +856,62 @@ def test_sample_i_does_not_depend_on_its_batch(precision, frames):
         assert difference.max() <= 1 and difference.mean() < 1e-3  # sums in another order may round otherwise
 
 
+# ------------------------------------------------------------------------------------------------ given frames
+
+
+class MixFrames(torch.nn.Module):
+    """x_t -> the ε of x̂_0 = M x_t, M a matrix over the frames for every t, scaled so that M is E[x_0 | x_t] of videos
+    whose frames are all one picture of standard normal numbers."""
+
+    def __init__(self, diffusion, frames):
+        super().__init__()
+        self.diffusion, self.frames, self.seen = diffusion, frames, []
+
+    def matrix(self, t):
+        alpha_bar = self.diffusion.alpha_bars[t]
+        return torch.full((self.frames,) * 2, alpha_bar ** 0.5 / (alpha_bar * self.frames + 1 - alpha_bar))
+
+    def forward(self, x_t, t):
+        self.seen.append(x_t.detach())
+        alpha_bar = self.diffusion.alpha_bars[t[0]]
+        x_0 = torch.einsum("ij,bcjhw->bcihw", self.matrix(t[0]).to(x_t.dtype), x_t)
+        return (x_t - alpha_bar ** 0.5 * x_0) / (1 - alpha_bar) ** 0.5
+
+
+def test_reconstruction_guidance_is_the_papers_equation():
+    diffusion, given = Diffusion(16), torch.tensor([True, False, False, True, False])
+    net = MixFrames(diffusion, 5)
+    x_t, x_a = torch.randn(2, 2, 3, 5, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for t in (0, 7, 12):
+        alpha, M = diffusion.alpha_bars[t] ** 0.5, net.matrix(t).double()
+        x_hat = torch.einsum("ij,bcjhw->bcihw", M, x_t)
+        # ∇ ‖x^a - x̂^a‖² = -2 M_aᵀ (x^a - x̂^a)
+        pull = torch.einsum("af,bchwa->bchwf", M[given],
+                            (x_a - x_hat)[:, :, given].permute(0, 1, 3, 4, 2)).permute(0, 1, 4, 2, 3)
+        for weight in (0.0, 1.0, 3.0):
+            x_0 = diffusion.denoise_given(net, x_t, t, x_a, given, weight)
+            expected = torch.where(given[:, None, None], x_a, x_hat + weight * alpha * pull)
+            assert (x_0 - expected).abs().max() < 1e-4 and not x_0.requires_grad
+
+
+@pytest.mark.parametrize("settings", [{}, {"steps": 20, "eta": 0.0}, {"steps": 20, "eta": 1.0}])
+def test_given_frames_stay_and_draw_the_others(settings):
+    diffusion, given = Diffusion(64), torch.arange(6) < 2
+    x_a = 0.5 * torch.randn(4, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-2, 2).expand(-1, -1, 6, -1, -1)
+    errors = []
+    for weight in (0.0, 1.0):
+        net = MixFrames(diffusion, 6)
+        x = diffusion.sample(net, (4, 3, 6, 4, 4), sample_generators(0, range(4)), known=(x_a, given), weight=weight,
+                             **settings)
+        assert torch.equal(x[:, :, given], x_a[:, :, given])
+        errors.append((x - x_a)[:, :, ~given].square().mean().sqrt().item())
+        for (t, _), x_t in zip(diffusion.timesteps(settings.get("steps")), net.seen):
+            noise = (x_t - diffusion.alpha_bars[t] ** 0.5 * x_a)[:, :, given] / (1 - diffusion.alpha_bars[t]) ** 0.5
+            assert 0.85 < noise.std() < 1.15, "given frames have the noise of the forward process"
+    free = diffusion.sample(MixFrames(diffusion, 6), (4, 3, 6, 4, 4), sample_generators(0, range(4)), **settings)
+    assert errors[1] < 0.7 * errors[0] < 0.7 * (free - x_a).square().mean().sqrt(), "x^b is to be x^a here"
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 
@@ -717,6 +924,7 @@ TRAIN = ("--frames 5 --size 8 --base-channels 8 --channel-mults 1 2 --time-dim 1
 @pytest.fixture
 def run_train(monkeypatch):
     """Run train.py's main function with flags in this process; restores the signal handlers."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it takes longer than such a run
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(*flags):
@@ -755,7 +963,8 @@ def test_resumed_training_is_the_same_bit_for_bit(run_train, tmp_path, capsys):
     run_train("--steps", 6, "--out", tmp_path / "once")
     run_train("--steps", 3, "--out", tmp_path / "twice", "--log-every", 2)
     run_train("--steps", 6, "--out", tmp_path / "twice", "--log-every", 2)
-    assert "changed: --steps 3 -> 6" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "changed: --steps 3 -> 6" in printed and printed.count("no loss.png: pip install matplotlib") == 3
     once, twice = (sample.load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("once", "twice"))
     for part in ("step", "model", "ema", "optimizer", "unet"):
         assert_same(once[part], twice[part])
@@ -789,17 +998,77 @@ def test_a_signal_stops_after_the_step_and_nothing_is_lost(run_train, tmp_path, 
     assert_same(*(sample.load_checkpoint(tmp_path / name / "ckpt.pt")["model"] for name in ("once", "stopped")))
 
 
-def test_a_signal_to_the_whole_process_group_loses_nothing(tmp_path):
-    process = subprocess.Popen([sys.executable, HERE / "train.py", *TRAIN, "--workers", "2", "--steps", "100000",
-                                "--out", tmp_path], start_new_session=True, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            os.killpg(process.pid, signal.SIGTERM)  # the data loading processes get it too
-            break
-    rest = process.communicate(timeout=60)[0]
+def test_signals_to_the_whole_process_group_lose_nothing(run_train, tmp_path):
+    def start_and_send(number):
+        process = subprocess.Popen([sys.executable, HERE / "train.py", *TRAIN, "--workers", "2", "--steps", "100000",
+                                    "--out", tmp_path / "run"], start_new_session=True, stdout=subprocess.PIPE, text=True)
+        shown = 0
+        for line in process.stdout:
+            shown += line.startswith("step ")
+            if shown == 3:
+                os.killpg(process.pid, number)  # the data loading processes get it too
+                break
+        return process, process.communicate(timeout=60)[0]
+
+    process, rest = start_and_send(signal.SIGTERM)
     assert process.returncode == 0
     stopped = int(re.search(r"stopped at step (\d+)", rest)[1])
-    assert stopped >= 3 and sample.load_checkpoint(tmp_path / "ckpt.pt")["step"] == stopped
+    assert stopped >= 3 and sample.load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"] == stopped
+    start_and_send(signal.SIGKILL)
+    last = sample.load_checkpoint(tmp_path / "run" / "ckpt.pt")["step"]
+    for name in ("run", "undisturbed"):
+        run_train("--steps", last + 2, "--out", tmp_path / name)
+    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
+    run, undisturbed = (sample.load_checkpoint(tmp_path / name / "ckpt.pt") for name in ("run", "undisturbed"))
+    assert_same({**run, "config": None}, {**undisturbed, "config": None})
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the process may touch a file any more."""
+
+
+def test_a_kill_at_any_file_operation_loses_nothing(run_train, tmp_path, monkeypatch):
+    flags = ["--steps", 2, "--save-every", 1, "--eval-clips", 0, "--grid-samples", 0]
+    run_train(*flags, "--steps", 1, "--out", tmp_path / "begun")
+    shutil.copytree(tmp_path / "begun", tmp_path / "whole")
+    run_train(*flags, "--out", tmp_path / "whole")
+    countdown = -1
+
+    def killing(function, half=None):
+        def wrapped(*args, **kwargs):
+            nonlocal countdown
+            if countdown == 0:
+                raise Killed
+            countdown -= 1
+            if countdown == 0 and half:
+                half(*args)
+            if countdown == 0:
+                raise Killed
+            return function(*args, **kwargs)
+        return wrapped
+
+    whole = sample.load_checkpoint(tmp_path / "whole" / "ckpt.pt")
+    for name in ("replace", "fsync", "unlink"):
+        monkeypatch.setattr(os, name, killing(getattr(os, name)))
+    monkeypatch.setattr(Path, "unlink", killing(Path.unlink))
+    monkeypatch.setattr(torch, "save", killing(torch.save, lambda ckpt, file: file.write(b"half a checkpoint")))
+    kills = 0
+    while True:
+        out = shutil.copytree(tmp_path / "begun", tmp_path / str(kills))
+        countdown = kills + 1
+        try:
+            run_train(*flags, "--out", out)
+        except Killed:
+            kills += 1
+        else:
+            break
+        countdown = -1
+        run_train(*flags, "--out", out)
+        assert losses(out) == losses(tmp_path / "whole")
+        ckpt = sample.load_checkpoint(out / "ckpt.pt")
+        assert_same({**ckpt, "config": None}, {**whole, "config": None})
+        assert sorted(os.listdir(out)) == sorted(os.listdir(tmp_path / "whole"))
+    assert kills >= 7
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(run_train, tmp_path, capsys):
@@ -874,7 +1143,7 @@ def test_a_non_finite_loss_stops_before_the_checkpoint(run_train, tmp_path, monk
     loss = Diffusion.loss
 
     def poisoned(self, net, x_0, t, noise, kind):
-        return loss(self, net, x_0, t, noise, kind) * (math.nan if net.training else 1)
+        return loss(self, net, x_0, t, noise, kind) * (math.nan if torch.is_grad_enabled() else 1)
 
     monkeypatch.setattr(Diffusion, "loss", poisoned)
     with pytest.raises(train.NotFinite, match="step 3: loss nan.*--lr 0.01.*--precision"):
@@ -950,11 +1219,35 @@ def test_a_run_shorter_than_the_first_update_draws_from_trained_weights(run_trai
     assert_same(ckpt["ema"], ckpt["model"])
 
 
+def test_a_picture_never_costs_the_run(run_train, tmp_path, monkeypatch, capsys):
+    def draw_curves(log_path, path):
+        raise OSError("no space")
+
+    monkeypatch.setattr(train, "draw_curves", draw_curves)
+    run_train("--out", tmp_path / "run", "--grid-samples", 0, "--steps", 1)
+    assert re.search(r"no loss.png \(OSError: no space\)\n.*done", capsys.readouterr().out, re.DOTALL)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="matplotlib is not installed")
+@pytest.mark.parametrize("lines, curves", [
+    (['{"step": 1, "loss": 1.0}'], 1),
+    (['{"step": 1, "loss": 1.0}', '{"step": 1, "fvd": 9.0}',
+      '{"step": 2, "loss": 0.5, "held_out_loss": 0.4, "held_out_quartiles": [0.7, 0.5, 0.3, 0.1]}'], 6)])
+def test_loss_curves(lines, curves, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (saved.append(self), Path(path).write_bytes(b"png")))
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    train.draw_curves(tmp_path / "log.jsonl", tmp_path / "loss.png")
+    assert len(saved[0].axes[0].lines) == curves and (tmp_path / "loss.png").read_bytes() == b"png"
+
+
 def test_one_clip_is_overfitted(run_train, tmp_path, monkeypatch):
     clip = data.maze_walk(0, 0, 5, 8)
     monkeypatch.setattr(data.MazeVideos, "clip", lambda self, *key: clip)
-    run_train("--steps", 150, "--out", tmp_path, "--log-every", 50, "--eval-every", 150, "--save-every", 150,
-              "--diffusion-steps", 64, "--base-channels", 16)
+    run_train("--steps", 100, "--out", tmp_path, "--log-every", 50, "--eval-clips", 0, "--save-every", 100,
+              "--grid-samples", 0, "--diffusion-steps", 64, "--base-channels", 16)
     log = losses(tmp_path)
     assert log[0][1] > 0.2 > 0.1 > log[-1][1]
 
@@ -1169,6 +1462,8 @@ def test_step_memory_is_that_of_a_step():
 
 # ------------------------------------------------------------------------------------------------ sampling
 
+CLASSES = ["Archery", "Bowling", "YoYo"]
+
 
 @pytest.fixture
 def trained(run_train, tmp_path):
@@ -1191,11 +1486,108 @@ def test_sample_writes_what_data_reads(trained, tmp_path, monkeypatch, capsys):
     assert data.PackedVideos(path, frames=9, size=16).num_windows == 3
     assert data.decode(path.with_suffix(".gif"), 16).shape[0] == data.decode(path.with_suffix(".mp4"), 16).shape[0] == 9
     assert {file.name for file in path.parent.iterdir() if "samples_" in file.name} == {
-        path.name, path.name + ".json", path.with_suffix(".gif").name, path.with_suffix(".mp4").name}
+        path.name, path.name + ".json", *(path.with_suffix(suffix).name for suffix in (".gif", ".mp4", ".png"))}
+    # the contact sheet: 3 rows of 8 of the 9 frames, four times as large, with a gap of 4
+    with Image.open(path.with_suffix(".png")) as image:
+        sheet = np.asarray(image)
+    assert sheet.shape == (3 * 68, 8 * 68, 3)
+    for row, column, frame in ((0, 0, 0), (1, 3, 3), (1, 4, 5), (2, 7, 8)):
+        assert np.array_equal(sheet[68 * row:, 68 * column:][:64:4, :64:4], videos[row, frame])
     run_sample(monkeypatch, "--num", 3, "--batch-size", 2, "--frames", 9, "--size", 16)
     assert "is there already" in capsys.readouterr().out
     with pytest.raises(ValueError, match="belongs to other samples"):
         run_sample(monkeypatch, "--num", 4)
+
+
+def test_class_conditional_by_the_commands(run_train, tmp_path, monkeypatch):
+    for number, (name, split) in enumerate([("Archery", "train"), ("Bowling", "train"), ("YoYo", "test")]):
+        folder = tmp_path / "videos" / split / name
+        folder.mkdir(parents=True)
+        np.save(folder / "a.npy", np.full((6, 8, 8, 3), 40 * number, np.uint8))
+    index = data.pack(tmp_path / "videos", tmp_path / "packed.npy", size=8, workers=1)
+    assert [video["label"] for video in index["videos"]] == ["YoYo", "Archery", "Bowling"]
+    assert data.class_names(tmp_path / "packed.npy") == data.class_names(tmp_path / "videos") == CLASSES
+    videos = data.PackedVideos(tmp_path / "packed.npy", 5, 8, "all")
+    assert all(videos.clip(0, i)[0, 0, 0, 0] == 40 * CLASSES.index(videos.label(0, i)) for i in range(20))
+
+    flags = ["--data", tmp_path / "packed.npy", "--classes", "--grid-samples", 2, "--out", tmp_path / "run"]
+    run_train(*flags, "--steps", 1, "--grad-accum", 2)
+    ckpt = sample.load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    assert ckpt["config"]["classes"] == CLASSES and ckpt["unet"]["classes"] == 3
+    for classes, words in [(None, r"--classes \(3: Archery, Bowling, YoYo\), not no --classes"),
+                           (["blue"], r"YoYo\), not --classes \(1: blue\)")]:
+        with pytest.raises(ValueError, match=words):
+            train.check_resume({"classes": classes}, ckpt["config"], tmp_path)
+    with pytest.raises(ValueError, match="has no labels"):
+        run_train("--classes", "--data", write_npy(tmp_path / "plain.npy", 6))
+
+    flags, out = ["--ckpt", tmp_path / "run" / "ckpt.pt", "--sampler", "ddim", "--num", 4], tmp_path / "turns.npy"
+    run_sample(monkeypatch, *flags, "--batch-size", 2, "--out", out)
+    assert json.loads((tmp_path / "turns.npy.json").read_text())["labels"] == [*CLASSES, "Archery"]
+    assert [video["label"] for video in data.PackedVideos(out, 5, 8).videos] == [*CLASSES, "Archery"]
+    assert data.class_names(out) == CLASSES
+    run_sample(monkeypatch, *flags, "--out", tmp_path / "b.npy", "--class", "Bowling", "--guidance", 2)
+    about = json.loads((tmp_path / "b.npy.json").read_text())
+    assert about["labels"] == ["Bowling"] * 4 and about["guidance"] == 2
+    net = sample.load_network(ckpt, "ema", torch.device("cpu"))
+    for name, labels, guidance in [("b.npy", [1] * 4, 2), ("turns.npy", [0, 1, 2, 0], 1)]:
+        settings = dict(steps=8, eta=0, labels=labels, guidance=guidance)
+        expected = draw(net, Diffusion(8), 0, range(4), (3, 5, 8, 8), **settings)
+        assert np.abs(np.load(tmp_path / name).astype(int) - expected).max() <= 1
+    (tmp_path / "turns.npy.json").write_text('{"labels": ["Archery"]}')
+    with pytest.raises(data.DataError, match="do not fit the 4 videos"):
+        data.PackedVideos(out, 5, 8)
+
+
+@pytest.mark.parametrize("flags, classes, labels", [
+    ("", [], None), ("--num 4", CLASSES, [0, 1, 2, 0]), ("--class YoYo --num 2", CLASSES, [2, 2]),
+    ("--class yoyoo", CLASSES, "--class yoyoo: not one of the checkpoint's 3 classes, such as YoYo$"),
+    ("--class x", CLASSES, "such as Archery, Bowling, YoYo$"),
+    ("--class YoYo", [], "--class YoYo: the checkpoint was trained without classes"),
+    ("--guidance 2", [], "--guidance 2.0: the checkpoint was trained without classes")])
+def test_chosen_labels(flags, classes, labels, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags.split()])
+    args = sample.parse_args()
+    if isinstance(labels, str):
+        with pytest.raises(ValueError, match=labels):
+            sample.chosen_labels(args, classes)
+    else:
+        assert sample.chosen_labels(args, classes) == labels
+
+
+def test_ddim_and_v_by_the_command(trained, run_train, tmp_path, monkeypatch, capsys):
+    flags, out = ["--ckpt", trained, "--num", 2, "--sampler", "ddim", "--sampling-steps", 3], tmp_path / "ddim.npy"
+    run_sample(monkeypatch, *flags, "--out", out)
+    assert "ddim, 3 steps" in capsys.readouterr().out
+    about = json.loads((tmp_path / "ddim.npy.json").read_text())
+    assert (about["sampler"], about["sampling_steps"], about["eta"]) == ("ddim", 3, 0)
+    net = sample.load_network(sample.load_checkpoint(trained), "ema", torch.device("cpu"))
+    assert np.array_equal(np.load(out), draw(net, Diffusion(8), 0, range(2), (3, 5, 8, 8), steps=3, eta=0))
+    with pytest.raises(ValueError, match="belongs to other samples"):
+        run_sample(monkeypatch, *flags, "--out", out, "--eta", 0.5)
+
+    run_train("--steps", 1, "--out", tmp_path / "v", "--prediction", "v", "--grid-samples", 0)
+    assert losses(tmp_path / "v") != losses(trained.parent)
+    ckpt = sample.load_checkpoint(tmp_path / "v" / "ckpt.pt")
+    with pytest.raises(ValueError, match="--prediction v, not eps"):
+        train.check_resume({"prediction": "eps"}, ckpt["config"], tmp_path)
+    run_sample(monkeypatch, "--ckpt", tmp_path / "v" / "ckpt.pt", "--num", 1, "--out", tmp_path / "v.npy")
+    net = sample.load_network(ckpt, "ema", torch.device("cpu"))
+    assert np.array_equal(np.load(tmp_path / "v.npy"), draw(net, Diffusion(8, "cpu", "v"), 0, [0], (3, 5, 8, 8)))
+
+
+@pytest.mark.parametrize("flags, settings", [
+    ("", (None, None)), ("--sampler ddim", (8, 0)), ("--sampler ddim --sampling-steps 3 --eta 0.5", (3, 0.5)),
+    ("--sampling-steps 8", "--sampling-steps 8 goes with --sampler ddim"), ("--eta 0", "--eta 0.0 goes with --sampler"),
+    ("--sampler ddim --sampling-steps 9", "--sampling-steps 9: the checkpoint has 8 diffusion steps")])
+def test_sampler_settings(flags, settings, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags.split()])
+    args = sample.parse_args()
+    if isinstance(settings, tuple):
+        assert sample.sampler_settings(args, 8) == settings
+    else:
+        with pytest.raises(ValueError, match=settings):
+            sample.sampler_settings(args, 8)
 
 
 def test_stopped_sampling_goes_on(trained, tmp_path, monkeypatch):
@@ -1220,6 +1612,111 @@ def test_stopped_sampling_goes_on(trained, tmp_path, monkeypatch):
     assert len(calls) == 4, "what was drawn before is not drawn again"
     assert (tmp_path / "stopped.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
     assert not [file for file in os.listdir(tmp_path) if file.startswith(".")]
+
+
+@pytest.mark.parametrize("text, frames", [
+    ("0:3", [0, 1, 2]), (":2,-2:", [0, 1, 6, 7]), ("0:8:3", [0, 3, 6]), ("3:5,4:6", [3, 4, 5]), ("-1:", [7]),
+    ("0:9", None), ("-9:2", None), ("3:3", None), ("3", None), ("", None), ("0:3,", None), ("a:b", None), ("0:8:0", None),
+    (":", None)])
+def test_given_is_a_slice_or_several(text, frames):
+    if frames:
+        assert sample.given_frames(text, 8) == frames
+    else:
+        with pytest.raises(ValueError, match=f"--given {text}: "):
+            sample.given_frames(text, 8)
+
+
+def test_prediction_and_infilling(trained, tmp_path, monkeypatch, capsys):
+    """Given frames are the clip's byte for byte, whatever the video file, and stopped drawing goes on."""
+    clips = np.random.default_rng(0).integers(256, size=(2, 4, 8, 8, 3), dtype=np.uint8)
+    np.save(tmp_path / "clips.npy", clips)
+    write_mp4(tmp_path / "clip.mp4", 5)
+    monkeypatch.chdir(tmp_path)
+    sampler = ["--ckpt", trained, "--num", 3, "--batch-size", 2, "--sampler", "ddim", "--sampling-steps", 3]
+    flags = [*sampler, "--condition", "clips.npy", "--given", "0:2,3:4"]
+    run_sample(monkeypatch, *flags, "--out", "whole.npy")
+    drawn = np.load("whole.npy")
+    assert all(np.array_equal(drawn[i, [0, 1, 3]], clips[i % 2, [0, 1, 3]]) for i in range(3))
+    assert not np.array_equal(drawn[0, 2], drawn[2, 2]), "as each sample has its own noise"
+    about = json.loads(Path("whole.npy.json").read_text())
+    assert about["given"] == [0, 1, 3] and about["condition"] == "clips.npy" and about["condition_weight"] > 0
+    with Image.open("whole.png") as sheet:
+        marked = [(np.asarray(sheet)[0, 68 * i:][:64] == 255).all() for i in range(5)]
+    assert marked == [True, True, False, True, False]
+
+    draw, calls = sample.draw, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "draw", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_sample(monkeypatch, *flags, "--out", "stopped.npy")
+    run_sample(monkeypatch, *flags, "--out", "stopped.npy")
+    assert Path("stopped.npy").read_bytes() == Path("whole.npy").read_bytes()
+    with pytest.raises(ValueError, match="belongs to other samples"):
+        run_sample(monkeypatch, *flags, "--condition-weight", 1, "--out", "whole.npy")
+
+    run_sample(monkeypatch, *sampler, "--condition", "clip.mp4", "--given=-2:", "--condition-method", "replacement",
+               "--out", "end.npy")
+    assert np.array_equal(np.load("end.npy")[:, -2:], [data.decode("clip.mp4", 8)[-2:]] * 3)
+    assert json.loads(Path("end.npy.json").read_text())["condition_weight"] == 0
+
+
+def test_long_videos_by_blocks(trained, tmp_path, monkeypatch):
+    """Every block has the length of the window and what was drawn before as given frames; none is drawn twice."""
+    draw_block, seen = Diffusion.sample, []
+
+    def spy(self, net, shape, *args):
+        x = draw_block(self, net, shape, *args)
+        seen.append((shape[2], args[4] and [part.clone() for part in args[4]], x))
+        return x
+
+    monkeypatch.setattr(Diffusion, "sample", spy)
+    flags = ["--ckpt", trained, "--num", 2, "--sampler", "ddim", "--sampling-steps", 2, "--frames", 10]
+    run_sample(monkeypatch, *flags, "--window", 4, "--overlap", 1, "--out", tmp_path / "long.npy")
+    video = torch.cat([seen[0][2], seen[1][2][:, :, 1:], seen[2][2][:, :, 1:]], dim=2)
+    assert [length for length, *_ in seen] == [4, 4, 4] and seen[0][1] is None
+    for (_, _, before), (_, (x_a, given), x) in zip(seen, seen[1:]):
+        assert given.tolist() == [True, False, False, False]
+        assert torch.equal(x[:, :, 0], before[:, :, -1]) and torch.equal(x_a[:, :, 0], before[:, :, -1])
+    assert np.array_equal(np.load(tmp_path / "long.npy"), data.to_uint8(video).numpy())
+    assert json.loads((tmp_path / "long.npy.json").read_text())["blocks"] == [[0, 4], [3, 7], [6, 10]]
+    # the last block begins earlier to be whole; a block whose frames are all given is not drawn
+    seen.clear()
+    write_npy(tmp_path / "clip.npy", 4)
+    run_sample(monkeypatch, *flags, "--window", 4, "--overlap", 2, "--condition", tmp_path / "clip.npy", "--given", "0:4",
+               "--frames", 9, "--out", tmp_path / "more.npy")
+    assert [given.tolist() for _, (_, given), _ in seen] == [[True, True, False, False]] * 2 + [[True] * 3 + [False]]
+    assert np.array_equal(np.load(tmp_path / "more.npy")[1, :4, 0, 0, 0], [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--given 0:2", "expected both or neither"), ("--condition clip.npy", "expected both or neither"),
+    ("--condition clip.npy --given 0:6", "--given 0:6: expected frames of the 5"),
+    ("--condition clip.npy --given 0:4", "asks for frame 3, but clip.npy has 3 frames, 0 to 2"),
+    ("--condition clip.npy --given 0:5", "none is left to draw"),
+    ("--condition text.mp4 --given 0:2", "text.mp4 cannot be read as a video"),
+    ("--condition missing.mp4 --given 0:2", "missing.mp4 cannot be read as a video"),
+    ("--condition wide.npy --given 0:2", "frames of 16x16"),
+    ("--window 6", "--window 6: expected --frames 5 or fewer"), ("--overlap 2", "--overlap 2 goes with --window"),
+    ("--window 4 --overlap 4", "--overlap 4: expected less than the window of 4"),
+    ("--window 1", "--overlap 1: expected less than the window of 1"),
+    ("--condition-method replacement", "goes with --condition"), ("--window 5 --condition-weight 1", "goes with"),
+    ("--window 4 --condition-method replacement --condition-weight 1", "goes with --condition-method recon")])
+def test_given_frames_and_blocks_refuse(flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_npy(tmp_path / "clip.npy", 3)
+    np.save("wide.npy", np.zeros((5, 16, 16, 3), np.uint8))
+    Path("text.mp4").write_text("text")
+    monkeypatch.setattr(sys, "argv", ["sample.py", *flags.split()])
+    with pytest.raises(ValueError, match=words) as error:
+        sample.conditioning(sample.parse_args(), 5, 8)
+    assert len(str(error.value).splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------------ hostile input
@@ -1369,6 +1866,8 @@ def test_damaged_files_are_refused_or_read_whole(run_train, three_videos, tmp_pa
     ("sample", "--frames 0", "'0'"), ("sample", "--size x", "'x'"), ("sample", "--batch-size 0", "'0'"),
     ("sample", "--device tpu", "--device tpu: expected cpu"), ("sample", "--precision fp8", "fp8"),
     ("sample", "--num", "expected one argument"), ("sample", "extra", "extra"),
+    ("sample", "--eta 1.5", "'1.5'"), ("sample", "--guidance -1", "'-1'"), ("sample", "--sampler euler", "euler"),
+    ("train", "--prediction x0", "x0"),
     ("data", "empty --size 8 --out x.npy", "empty holds no videos"),
     ("data", "missing --size 8 --out x.npy", "missing"),
     ("data", "text.mp4 --size 8 --out x.npy", "none of the 1 videos is usable"),
@@ -1522,6 +2021,19 @@ def test_maze_pictures_have_sky_above_walls_above_floor():
     assert (video[:, 0, :, 2] - video[:, 0, :, 0] > 60).mean() > 0.5, "blue at the top"
     assert (np.ptp(video[:, -1], axis=-1) < 40).mean() > 0.7, "grey at the bottom"
     assert (np.ptp(video[:, 7:9], axis=-1) > 60).mean() > 0.7, "bright colours in the middle"
+
+
+def test_mazes_have_labels_and_the_same_pictures():
+    digest = hashlib.sha256(data.maze_walk(3, 5, 40, 16).tobytes()).hexdigest()
+    assert digest == "846c1ec5378d7026fa69af54cd1208c36bb67875801417ad65bf08d440873bfc", "as before there were labels"
+    videos = MazeVideos(16, 16)
+    labels = [videos.label(0, i) for i in range(100)]
+    assert set(labels) == set(data.class_names(None)) == set(data.COLOUR_NAMES) and len(set(data.COLOUR_NAMES)) == 8
+    agreed = [data.wall_colour(videos.clip(0, i)) == label for i, label in enumerate(labels)]
+    assert 0.5 < np.mean(agreed) < 0.9, "a short clip may see more of other colours"
+    for name, colour in zip(data.COLOUR_NAMES, data.WALL_COLOURS):
+        walls = np.broadcast_to(np.stack([colour, colour * data.DIM_SIDE / 2, data.SKY, data.FLOOR]), (2, 5, 4, 3))
+        assert data.wall_colour(walls.astype(np.uint8)) == name
 
 
 @pytest.mark.parametrize("frames, size", [(1, 8), (3, 9), (2, 200)])
@@ -2982,12 +3494,36 @@ def test_bench_compares_and_keeps_what_does_not_fit(monkeypatch, capsys, tmp_pat
     (["--size", 12], "needs height and width divisible by 8"), (["--state-size", 7], "state_size is 7"),
     (["--out", "missing/bench.md"], "missing/bench.md"), (["--out", "bench.txt"], "ends in .md"),
     (["--temporal", "lstm"], "lstm"), (["--frames", 0], "from 1 on"), (["--memory-gb", "-1"], "above 0"),
-    (["--device", "tpu"], "--device tpu")])
+    (["--device", "tpu"], "--device tpu"), (["--budget-gb", 0], "above 0"),
+    (["--budget-gb", 1, "--what", "sample"], "--budget-gb is about the training step")])
 def test_bench_refuses_in_one_line(flags, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         bench_command(monkeypatch, "--base-channels", 8, "--frames", 2, *flags)
     said = str(stop.value.code) if isinstance(stop.value.code, str) else capsys.readouterr().err
     assert said.startswith("bench.py: ") and message in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("first", [8, 40, 200])
+def test_the_widest_network_within_a_budget(first, monkeypatch, capsys, tmp_path):
+    """Memory that grows by 0.1 GB a base channel; the allocator fails above 100."""
+    def compare(rows, args, bar):
+        [row], base = rows, args.base_channels
+        tried.append((row, args))
+        row.parameters, row.out_of_memory = 2**27, base > 100                                       # 0.5 GB
+        row.steps = [] if base > 100 else [(base / 2, (base / 10 - 0.5) * 2**30)]
+
+    tried = []
+    monkeypatch.setattr(bench, "compare", compare)
+    for budget, cells in ((0.7, "none | – | – | – | 0.80 GB (base 8)"), (4.7, "40 | 134.22 M | 4.00 | 20 | 4.80 GB"),
+                          (24, "96 | 134.22 M | 9.60 | 48 | out of memory")):
+        bench_command(monkeypatch, "--budget-gb", budget, "--frames", 2, "--size", 8, "--base-channels", first,
+                      "--temporal", "ssm", "attention", "--out", tmp_path / "budget.md")
+        printed = capsys.readouterr().out
+        assert [f"| 2 | {temporal} | {cells} |" for temporal in ("ssm", "attention")] == printed.splitlines()[-2:]
+        assert (tmp_path / "budget.md").read_text() == printed
+    with torch.device("meta"):
+        config = bench.build(*tried[0]).config
+    assert (config.temporal, config.base_channels, config.heads, config.time_dim) == ("ssm", first, first // 8, 32 * first)
 
 
 @pytest.mark.parametrize("exitcode, outcome", [
@@ -3033,6 +3569,44 @@ def test_a_reference_that_is_not_installed_is_one_line(monkeypatch, capsys):
 
 
 # ------------------------------------------------------------------------------------------------ files that travel
+
+
+class TransformerTemporalModel(torch.nn.Module):
+    """The conventions of diffusers' class of this name."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.proj_in, self.proj_out = torch.nn.Linear(channels, 2 * channels), torch.nn.Linear(2 * channels, channels)
+        self.transformer_blocks = torch.nn.ModuleList([torch.nn.Identity()] * 2)
+
+    def forward(self, x, num_frames):
+        """(batch·frames, c, h, w) -> the same."""
+        b, c, h, w = x.shape[0] // num_frames, *x.shape[1:]
+        hidden = x.view(b, num_frames, c, h, w).permute(0, 3, 4, 1, 2).reshape(b * h * w, num_frames, c)
+        hidden = self.proj_in(hidden)
+        for block in self.transformer_blocks:
+            hidden = block(hidden, encoder_hidden_states=None, timestep=None)
+        return x + self.proj_out(hidden).view(b, h, w, num_frames, c).permute(0, 3, 4, 1, 2).reshape(x.shape)
+
+
+def test_the_readmes_drop_in_runs_as_printed():
+    [snippet] = [block for block in re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+                 if "(batch·h·w, frames, channels)" in block]
+    assert len(snippet.strip().splitlines()) <= 15
+    names = {}
+    exec(snippet, names)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(TransformerTemporalModel(4))
+    names["use_ssm"](net)
+    assert [type(block).__name__ for block in net[0].transformer_blocks] == ["SSMBlock"]
+    for frames in (5, 9):
+        x = torch.randn(2 * frames, 4, 2, 3, requires_grad=True)
+        y = net[0](x, frames)
+        [gradient] = torch.autograd.grad(y[1, :, 0, 0].square().sum(), x)
+        seen = gradient.abs().amax(1) > 0                                                           # b·f h w
+        assert y.shape == x.shape and seen[:frames, 0, 0].all(), "all frames of the same video and position"
+        seen[:frames, 0, 0] = False
+        assert not seen.any()
 
 
 @pytest.mark.parametrize("files, packages, code", [

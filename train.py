@@ -4,11 +4,12 @@
     torchrun --nproc-per-node 8 train.py --temporal ssm --frames 400      # the paper's 400-frame column, on mazes
     torchrun --nproc-per-node 8 train.py --preset minerl-64 --data minerl.npy --temporal attention
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --frames 200
+    python train.py --preset tiny --classes                               # class-conditional: mazes by wall colour
     python train.py --preset minerl-400 --dry-run                         # what would be trained
 
---out DIR (default out/PRESET-TEMPORAL) gets config.json, log.jsonl, samples/ and ckpt.pt (ckpt_previous.pt is the one
-before). Stop it at any time; the same command goes on from the last checkpoint, exactly. Without --preset, the column
-of the paper's Table 5 is chosen by --frames and --size. An explicit flag always wins.
+--out DIR (default out/PRESET-TEMPORAL) gets config.json, log.jsonl, samples/, ckpt.pt (ckpt_previous.pt is the one before)
+and, at the end, loss.png. Stop it at any time; the same command goes on from the last checkpoint, exactly. Without
+--preset, the column of the paper's Table 5 is chosen by --frames and --size. An explicit flag always wins.
 """
 import argparse
 import contextlib
@@ -16,6 +17,7 @@ import dataclasses
 import datetime
 import errno
 import fcntl
+import functools
 import json
 import math
 import os
@@ -23,6 +25,7 @@ import re
 import resource
 import signal
 import sys
+import textwrap
 import time
 import weakref
 from pathlib import Path
@@ -36,12 +39,12 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import fvd
-from data import DataError, MazeVideos, batches, open_videos, to_float
-from diffusion import Diffusion, training_noise
+from data import DataError, MazeVideos, batches, class_names, open_videos, to_float
+from diffusion import PREDICTIONS, Diffusion, label_dropped, training_noise
 from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
 from s4d import kernels_once
-from sample import (CheckpointError, Parser, autocast, choose_device, draw, load_checkpoint, non_negative_int,
-                    positive_int, replace_with, run, save_gif)
+from sample import (CheckpointError, Parser, autocast, choose_device, draw, join_processes, load_checkpoint,
+                    non_negative_int, positive_int, replace_with, run, save_gif)
 
 # Table 5, a row per column; the settings that all of them share are the flags' defaults.
 PRESETS = {
@@ -72,6 +75,8 @@ TAKES = {"ssm": ("state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidire
 MAY_CHANGE = {"preset", "steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision",
               "compile", "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips",
               "grid_samples", "attention_impl", "fvd_every", "fvd_videos", "i3d"}
+
+LABEL_DROPOUT = 0.1  # share of the labels that training hides, so that the network learns to do without, too
 
 
 class NotFinite(ValueError):
@@ -106,6 +111,8 @@ def make_parser():
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="maze", help="packed .npy file, folder of videos, or the embedded maze walks")
     group.add_argument("--split", choices=("train", "test", "all"), default="train", help="videos to train on")
+    group.add_argument("--classes", action="store_const", const=True,
+                       help="class-conditional, by the data's labels: class folders, the mazes' main wall colour")
     group.add_argument("--frames", type=positive_int, default=16, help="frames per clip")
     group.add_argument("--size", type=positive_int, default=32, help="height and width")
     group.add_argument("--workers", type=non_negative_int, default=2, help="data loader workers of each process")
@@ -134,7 +141,8 @@ def make_parser():
 
     group = parser.add_argument_group("diffusion")
     group.add_argument("--diffusion-steps", type=positive_int, default=256, help="T")
-    group.add_argument("--loss", choices=("l2", "l1"), default="l2", help="of the predicted noise")
+    group.add_argument("--prediction", choices=PREDICTIONS, default="eps", help="what the network predicts: noise, or v")
+    group.add_argument("--loss", choices=("l2", "l1"), default="l2", help="of what the network predicts")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--steps", type=positive_int, default=92_000, help="training steps in all")
@@ -195,6 +203,10 @@ def parse_args(argv=None):
         parser.error(refused)
     args.heads = args.heads or max(1, args.base_channels // 8)
     args.time_dim = args.time_dim or 32 * args.base_channels
+    if args.classes:
+        args.classes = class_names(args.data)  # from here on the names; None without --classes
+        if not args.classes:
+            raise ValueError(f"--classes: {args.data} has no labels; expected videos in class folders, or leave it out")
     config = unet_config(args)
     args.mlp_dim, args.state_size = config.mlp_dim, config.state_size
     args.preset = preset
@@ -223,7 +235,8 @@ def unet_config(args):
                       time_dim=args.time_dim, heads=args.heads, head_dim=args.head_dim,
                       attention_impl=args.attention_impl, state_size=args.state_size, mlp_dim=args.mlp_dim,
                       mlp_layers=args.mlp_layers, mlp_position=args.mlp_position,
-                      bidirectional=not args.unidirectional, skip=args.skip, ssm=args.ssm)
+                      bidirectional=not args.unidirectional, skip=args.skip, ssm=args.ssm,
+                      classes=len(args.classes or []))
 
 
 def check_args(args, world_size):
@@ -266,7 +279,8 @@ def save_checkpoint(out, step, config, net, ema, optimizer, interval):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch wraps some errors of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(f"step {step}: {path} cannot be written ({error}); earlier checkpoints are untouched") from None
+        reason = isinstance(error, OSError) and error.strerror or "no space left?"
+        raise OSError(f"step {step}: {path} cannot be written ({reason}); earlier checkpoints are untouched") from None
 
 
 def take_folder(out):
@@ -316,7 +330,9 @@ def check_resume(config, saved, out):
         if old == new:
             continue
         flag = "--" + name.replace("_", "-")
-        if name in MAY_CHANGE:
+        if name == "classes":
+            refused.append(f"{some_names(old)}, not {some_names(new)} (of the same --data)")
+        elif name in MAY_CHANGE:
             lines.append(f"changed: {flag} {old} -> {new}")
         else:
             refused.append(f"{flag} {old}, not {new}")
@@ -338,6 +354,10 @@ def append_lines(path, lines):
     lines.clear()
 
 
+def some_names(classes):
+    return f"--classes ({len(classes)}: {textwrap.shorten(', '.join(classes), 60)})" if classes else "no --classes"
+
+
 def trim_log(path, step):
     """Drop the lines of log.jsonl that were written after the checkpoint: those steps will be done again."""
     if path.exists():
@@ -348,6 +368,27 @@ def trim_log(path, step):
                 if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
                     lines.append(line + "\n")
         replace_with(path, lambda temporary: temporary.write_text("".join(lines)))
+
+
+def draw_curves(log_path, path):
+    """Draw the losses in a log.jsonl, and the held-out loss in each quartile of t, against steps. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    records = [json.loads(line) for line in log_path.read_text().splitlines()]
+    curves = {"training loss": [(record["step"], record["loss"]) for record in records if "loss" in record]}
+    held_out = [record for record in records if "held_out_loss" in record]
+    if held_out:
+        curves["held-out loss"] = [(record["step"], record["held_out_loss"]) for record in held_out]
+        for i in range(4):
+            curves[f"held-out, quartile {i + 1} of t"] = [(record["step"], record["held_out_quartiles"][i])
+                                                          for record in held_out]
+    figure = Figure((8, 5), layout="constrained")
+    panel = figure.subplots()
+    for label, points in curves.items():
+        panel.plot(*zip(*points), label=label, linewidth=1 if "quartile" in label else 2)
+    panel.set(yscale="log", xlabel="step", ylabel="loss")
+    panel.legend()
+    replace_with(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
 
 
 def peak_memory(device):
@@ -401,12 +442,31 @@ def parts(net):
     counts = {"temporal": 0, "time": 0, "spatial": 0}
     for name, parameter in net.named_parameters():
         part = "temporal" if re.search("temporal|position_bias", name) else \
-            "time" if re.search("time_mlp|to_scale_shift", name) else "spatial"
+            "time" if re.search("time_mlp|to_scale_shift|class_embedding", name) else "spatial"
         counts[part] += parameter.numel()
     return counts
 
 
 # ---------------------------------------------------------------------------------------- training
+
+
+def label_indices(labels, classes, device):
+    """Labels, names or None, -> (b,) int: what the network takes, len(classes) standing for no class."""
+    numbers = {name: i for i, name in enumerate(classes)}
+    return torch.tensor([numbers.get(label, len(classes)) for label in labels], device=device)
+
+
+def training_labels(videos, args, step, indices, device):
+    """-> the labels (b,) of a training step's clips, LABEL_DROPOUT of them hidden; None for a network without classes."""
+    if not args.classes:
+        return None
+    return label_indices([None if label_dropped(LABEL_DROPOUT, args.seed, step, i) else videos.label(args.seed, step, i)
+                          for i in indices], args.classes, device)
+
+
+def sample_labels(args, indices):
+    """-> labels for `draw`: sample i has class i mod n; None for a network without classes."""
+    return [i % len(args.classes) for i in indices] if args.classes else None
 
 
 @torch.no_grad()
@@ -422,7 +482,8 @@ def held_out_loss(net, diffusion, videos, args, device, rank, world_size):
             draws = [training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T) for quartile in range(4)]
             t = torch.cat([(quartile * diffusion.T + t) // 4 for quartile, (t, _) in enumerate(draws)]).to(device)
             noise = torch.cat([noise for _, noise in draws]).to(device)                     # 4 c f h w
-            losses[i] = diffusion.loss(net, x_0.expand_as(noise), t, noise, args.loss)
+            labels = label_indices([videos.label(i)] * 4, args.classes, device) if args.classes else None
+            losses[i] = diffusion.loss(functools.partial(net, labels=labels), x_0.expand_as(noise), t, noise, args.loss)
     if world_size > 1:
         dist.all_reduce(losses)
     return losses.mean(0)
@@ -438,7 +499,8 @@ def sample_grid(net, diffusion, args, path, rank, world_size):
             return tqdm(steps, desc="sampling", leave=False, disable=True if rank else None)
 
         shape = (net.config.video_channels, args.frames, args.size, args.size)
-        drawn = draw(net, diffusion, args.seed, indices, shape, args.precision, progress)
+        drawn = draw(net, diffusion, args.seed, indices, shape, args.precision, progress,
+                     labels=sample_labels(args, indices))
         videos[list(indices)] = torch.from_numpy(drawn).to(videos.device)
     if world_size > 1:
         dist.all_reduce(videos)
@@ -446,7 +508,7 @@ def sample_grid(net, diffusion, args, path, rank, world_size):
         try:
             save_gif(path, videos.cpu().numpy())
         except OSError as error:  # no reason to end a run
-            tqdm.write(f"{path} cannot be written ({error.strerror})", file=sys.stderr)
+            tqdm.write(str(error), file=sys.stderr)
 
 
 def sampled_fvd(net, i3d, diffusion, videos, args, rank, world_size):
@@ -458,7 +520,7 @@ def sampled_fvd(net, i3d, diffusion, videos, args, rank, world_size):
     for first in tqdm(range(0, len(mine), share), desc="FVD", leave=False, disable=True if rank else None):
         indices = mine[first:first + share]
         shape = (net.config.video_channels, args.frames, args.size, args.size)
-        drawn = draw(net, diffusion, args.seed, indices, shape, args.precision)
+        drawn = draw(net, diffusion, args.seed, indices, shape, args.precision, labels=sample_labels(args, indices))
         fake.update(fvd.i3d_features(i3d, drawn))
         real.update(fvd.i3d_features(i3d, np.stack([videos.clip(i) for i in indices])))
     return fvd.distance(real.gather(), fake.gather())
@@ -534,8 +596,7 @@ def train(args):
     if world_size > 1:
         # Gloo too on GPUs: whether to stop is agreed on without waiting for the device. Hours, since one process may
         # pack a large folder while the others wait; torchrun notices sooner than a timeout when one dies.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=6))
+        join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", hours=6)
 
     i3d = fvd.load_i3d(args.i3d, device) if args.fvd_every else None
 
@@ -567,7 +628,7 @@ def train(args):
         trim_log(log_path, first_step)
 
     # ---- network, EMA, optimiser
-    diffusion = Diffusion(args.diffusion_steps, device)
+    diffusion = Diffusion(args.diffusion_steps, device, args.prediction)
     net.to(device)
     ema = UNet3D(net.config).to(device).requires_grad_(False).eval()
     ema.load_state_dict(net.state_dict())
@@ -666,13 +727,16 @@ def train(args):
     for step, batch in enumerate(loader, start=first_step + 1):
         x_0 = to_float(batch.to(device, non_blocking=True))                                 # share c f h w
         t, noise = training_noise(x_0.shape[1:], args.seed, step - 1, indices, diffusion.T, device)
+        labels = training_labels(videos, args, step - 1, indices, device)
         loss_sum = torch.zeros((), device=device)
         micro_batches = list(zip(*(tensor.chunk(args.grad_accum) for tensor in (x_0, t, noise))))
-        for micro_batch in micro_batches:
+        micro_labels = labels.chunk(args.grad_accum) if args.classes else [None] * args.grad_accum
+        for micro_batch, labels in zip(micro_batches, micro_labels):
             last = micro_batch is micro_batches[-1]
             with contextlib.nullcontext() if last or world_size == 1 else forward.no_sync():
                 with autocast(device, args.precision):
-                    loss = diffusion.loss(forward, *micro_batch, kind=args.loss).mean() / args.grad_accum
+                    denoiser = functools.partial(forward, labels=labels)
+                    loss = diffusion.loss(denoiser, *micro_batch, kind=args.loss).mean() / args.grad_accum
                 loss.backward()
             loss_sum += loss.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
@@ -752,6 +816,12 @@ def train(args):
 
     bar.close()
     if rank == 0:
+        try:
+            draw_curves(log_path, args.out / "loss.png")
+        except ImportError:
+            print("no loss.png: pip install matplotlib")
+        except Exception as error:  # the run is saved; it must not end in an error for want of a picture
+            print(f"no loss.png ({type(error).__name__}: {error})")
         if step < args.steps:
             print(f"stopped at step {step}, saved in {args.out}; the same command goes on from there")
         else:
