@@ -1786,7 +1786,9 @@ def mutated(content, rng):
 
 
 def test_damaged_files_are_refused_or_read_whole(run_train, three_videos, tmp_path):
-    """A few of the mutations; whatever is accepted has the form that it should have."""
+    """A few random mutations; whatever is accepted has the form that it should have."""
+    import av
+
     run_train("--steps", 1, "--out", tmp_path, "--grid-samples", 0, "--eval-clips", 0)
     mp4 = write_mp4(tmp_path / "video.mp4", 12, colour_of=noise)
     tensor = tmp_path / "video.pt"
@@ -1801,7 +1803,10 @@ def test_damaged_files_are_refused_or_read_whole(run_train, three_videos, tmp_pa
         video, reason = data._decode_or_reason(path, 8)
         if video is None:
             raise data.DataError(reason)
-        assert video.shape[1:] == (8, 8, 3) and (len(video) == 12 or b"elst" in path.read_bytes())
+        assert video.shape[1:] == (8, 8, 3)
+        if path == mp4:
+            with av.open(str(path)) as container:  # an edit list may leave frames out
+                assert len(video) + sum(packet.is_discard for packet in container.demux(video=0)) == 12
 
     for path, read, number in [(three_videos, read_packed, 30), (three_videos.with_suffix(".json"), read_packed, 30),
                                (mp4, read_video, 40), (tensor, read_video, 30),
