@@ -672,7 +672,8 @@ def train(args):
     logged = log_path.read_text() if log_path.exists() else ""
     if fvd_due(first_step) and f'{{"step": {first_step}, "fvd":' not in logged:  # likewise
         log_fvd(first_step)
-        append_lines(log_path, log_lines)
+        if rank == 0:
+            append_lines(log_path, log_lines)
     if first_step >= args.steps:
         if rank == 0:
             print(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
