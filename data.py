@@ -30,11 +30,13 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -151,7 +153,7 @@ def read_videos(path, size=None):
         videos = read_index(index_path)
     else:
         count, length = array.shape[:2] if array.ndim == 5 else (1, len(array))
-        labels = json.loads(sample_path.read_text()).get("labels") if sample_path.is_file() else None
+        labels = json.loads(sample_path.read_text(encoding="utf-8")).get("labels") if sample_path.is_file() else None
         videos = [{"name": f"{path.name}[{i}]", "start": i * length, "length": length, "label": label, "split": "train"}
                   for i, label in enumerate(labels or [None] * count)]
     ends = itertools.accumulate(video["length"] for video in videos)
@@ -202,7 +204,7 @@ def read_whole_videos(path, size):
     video, reason = decode_or_reason(path, size)
     if reason:
         raise DataError(f"{path} cannot be read as a video: {reason}")
-    return [video.numpy()]
+    return [video]
 
 
 def one_line(error):
@@ -237,16 +239,20 @@ class Batches(Dataset):
 
 def leave_signals_to_main(_worker):
     # Ctrl-C goes to every process of the terminal, a scheduler's SIGTERM to every one of the job. What they mean is the
-    # main process's to decide, which still needs its data then. Its own SIGTERM does end the worker.
-    def wait_for_main():
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-            pass
+    # main process's to decide, which still needs its data then. Its own SIGTERM ends a worker, and so does its death.
+    main, can_wait = multiprocessing.parent_process(), hasattr(signal, "sigtimedwait")  # macOS has none
+
+    def follow_main():
+        while main.is_alive():
+            told = signal.sigtimedwait([signal.SIGTERM], 1) if can_wait else time.sleep(1)
+            if told and told.si_pid == main.pid:
+                break
         os._exit(0)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+    if can_wait:
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=wait_for_main, daemon=True).start()
+    threading.Thread(target=follow_main, daemon=True).start()
 
 
 # ---------------------------------------------------------------------------------------- packing
@@ -291,23 +297,30 @@ def pack(source, out, size, workers=None, min_frames=1):
     found = find_videos(Path(source))
     if workers is None:  # the cores this process may use, where the system tells, are often fewer than there are
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # In order, each worker two videos ahead at most. Arrays come through a pipe; tensors would come through shared
+    # memory, of which containers have little.
     decoded = DataLoader([video["path"] for video in found], batch_size=None, num_workers=min(workers, len(found)),
                          collate_fn=functools.partial(decode_or_reason, size=size, min_frames=min_frames),
-                         generator=torch.Generator())  # in order; each worker is two videos ahead at most
+                         worker_init_fn=end_when_interrupted, generator=torch.Generator())
     try:
         return write_packed(out, size, len(found), ((video, *result) for video, result in zip(found, decoded)))
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise DataError(f"the decoder crashed soon after the last video counted: {one_line(error)}") from None
+        crash = one_line(error)
+    raise DataError(f"the decoder crashed soon after the last video counted: {crash}")  # here the workers have ended
+
+
+def end_when_interrupted(worker):
+    leave_signals_to_main(worker)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # at once, though a long video is being decoded
 
 
 def write_packed(out, size, count, videos):
-    """Write `count` videos, ({"name", "label", "split"}, frames, None) or (..., None, reason), to `out` and its index,
-    which is returned. Raises DataError and OSError.
+    """Write `count` videos, ({"name", "label", "split"}, frames, None) or (..., None, reason), to `out` -> the index.
 
     Both are written to a temporary folder, then renamed, the index first: an array without one would pass for a single
-    long video.
+    long video. Only SIGKILL leaves that folder behind: hidden, beside `out`, and safe to delete.
     """
     from tqdm import tqdm
 
@@ -328,7 +341,7 @@ def write_packed(out, size, count, videos):
                 skipped.append({"name": video["name"], "reason": reason})
                 tqdm.write(f"skipped {video['name']!r}: {reason}")
             else:
-                file.write(np.asarray(frames).data)
+                file.write(frames.data)
                 entries.append({"name": video["name"], "start": total, "length": len(frames),
                                 "label": video["label"], "split": video["split"]})
                 total += len(frames)
@@ -398,14 +411,12 @@ def official_splits(source):
 
 
 def decode_or_reason(path, size, min_frames=1):
-    """-> (uint8 tensor (frames, size, size, 3), None), or (None, why the video cannot be used)."""
+    """-> (uint8 (frames, size, size, 3), None), or (None, why the video cannot be used)."""
     try:
         video = decode(path, size)
     except Exception as error:  # whatever a bad file does to a decoder, it is one bad file
         return None, one_line(error)
-    if len(video) < min_frames:
-        return None, f"has {len(video)} frames, fewer than {min_frames}"
-    return torch.from_numpy(video), None
+    return (video, None) if len(video) >= min_frames else (None, f"has {len(video)} frames, fewer than {min_frames}")
 
 
 def decode(path, size):
@@ -504,14 +515,16 @@ class MazeVideos:
 
     A longer walk begins with the frames of a shorter one, and the same place seen in the same direction is the same
     picture, byte for byte, however long ago it was seen before. Test walks are never training ones; there is no end to
-    either, so "all" is just "train". Raises DataError unless frames >= 1 and size >= 8.
+    either, so "all" is just "train". Raises DataError for a clip of no
+    frames, of less than 8x8, or of more than 2^34 pixels.
     """
 
     splits = ("train", "test")
 
     def __init__(self, frames, size, split="train"):
-        if frames < 1 or size < 8:
-            raise DataError(f"--frames {frames} --size {size}: mazes have 1 frame or more, of 8x8 pixels or more")
+        if frames < 1 or size < 8 or frames * size**2 > 2**34:
+            raise DataError(f"--frames {frames} --size {size}: mazes have 1 frame or more, of 8x8 pixels or more, and "
+                            "at most 2^34 pixels")
         self.frames, self.size, self.split = frames, size, split
 
     def clip_and_label(self, *key):

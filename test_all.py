@@ -322,7 +322,7 @@ def test_step_memory_is_that_of_a_step():
     with LiveMemory() as memory:
         (net(x, t) - x).square().mean().backward()
     expected = memory.peak + 16 * model.count_parameters(net)
-    assert abs(train.step_memory(config, x.shape) / expected - 1) < 0.02
+    assert abs(train.step_memory(config, x.shape) / expected - 1) < 0.03
     assert train.step_memory(config, (1, *x.shape[1:])) < train.step_memory(config, x.shape)
 
 
@@ -526,7 +526,7 @@ def test_no_file_that_is_loaded_runs_code(save, tmp_path, monkeypatch):
     ("sample", "--out x.txt", "x.txt"), ("sample", "--ckpt CKPT --size 9", "9"), ("sample", "--ckpt CKPT --window 6", "6"),
     ("sample", "--ckpt CKPT --class red", "class"), ("sample", "--ckpt CKPT --sampler ddim --sampling-steps 9", "9"),
     ("sample", "--ckpt CKPT --condition short.npy --given 0:9", "0:9"),
-    ("sample", "--ckpt CKPT --frames 9 --condition short.npy --given 6:8", "7"),
+    ("sample", "--ckpt CKPT --frames 9 --condition short.npy --given 6:8", "6:8"),
     ("sample", "--ckpt CKPT --condition text.mp4 --given 0:2", "text.mp4"),
     ("sample", "--ckpt CKPT --condition wide.npy --given 0:2", "16"),
 ])
@@ -726,9 +726,10 @@ def test_pack_reads_every_kind_of_video(tmp_path, capfd):
     gif = [Image.new("RGB", (10, 10), (60 * i, 0, 0)) for i in range(4)]
     gif[0].save(source / "loop.gif", save_all=True, append_images=gif[1:], duration=40)
     gif[0].save(source / "loop.webp", save_all=True, append_images=gif[1:], duration=40, lossless=True)
-    write_npy(tmp_path / "elsewhere.npy", 5, size=8)
-    (source / "test").mkdir()
-    (source / "test" / "walk.npy").symlink_to(tmp_path / "elsewhere.npy")
+    write_npy(tmp_path / "walk.npy", 5, size=8)
+    (tmp_path / "folder").mkdir()
+    (source / "test").symlink_to(tmp_path / "folder")
+    (source / "test" / "walk.npy").symlink_to(tmp_path / "walk.npy")
     torch.save(torch.full((3, 16, 24, 3), 7, dtype=torch.uint8)[:, :, ::2], source / "test" / "walk.pt")
     (source / "notes.txt").write_text("not a video")
     (source / ".hidden.mp4").write_text("not a video either")
@@ -746,7 +747,7 @@ def test_pack_reads_every_kind_of_video(tmp_path, capfd):
     assert np.abs(middle[:6] - (16 + 10 * np.arange(6))[:, None]).max() <= 3, "the mp4, lossy"
     assert np.array_equal(middle[6:14, 0], [0, 60, 120, 180] * 2) and middle[6:14, 1:].max() == 0
     assert np.array_equal(middle[14:26], np.repeat(10 * np.arange(1, 13), 3).reshape(12, 3))
-    assert np.array_equal(frames[26:31], np.load(tmp_path / "elsewhere.npy")), "right size already: not a byte changes"
+    assert np.array_equal(frames[26:31], np.load(tmp_path / "walk.npy")), "right size already: not a byte changes"
     assert (frames[31:] == 7).all()
     assert data.class_names(source) == data.class_names(tmp_path / "packed.npy") == ["jump", "run"]
     assert data.PackedVideos(tmp_path / "packed.npy", 5, 8, "test").videos[0]["name"] == "test/walk.npy"
@@ -853,26 +854,31 @@ def test_a_folder_is_packed_once_into_the_cache(tmp_path, monkeypatch, capsys):
 
 
 def test_a_pack_is_complete_or_absent_whatever_ends_it(tmp_path, monkeypatch):
-    source = tmp_path / "source"
     for i in range(12):
-        write_npy(source / f"{i:02}.npy", 2 + i % 3, first=10 * i)
-    data.pack(source, tmp_path / "one.npy", size=8, workers=1)
-    (tmp_path / "two.json").write_text('{"size": 4, "videos": []}')  # killed between the two renames
+        write_npy(tmp_path / "source" / f"{i:02}.npy", 2 + i % 3, first=10 * i)
+    data.pack(tmp_path / "source", tmp_path / "one.npy", size=8, workers=1)
 
-    def end(path, size):
-        if path.name == "07.npy":
+    def decode_or_end(path, size, decode=data.decode):
+        if path.name == "07.npy" and by != "rename":
             os.kill(os.getpid() if by == "crash" else os.getppid(), signal.SIGKILL if by == "crash" else signal.SIGINT)
             time.sleep(1)
         return decode(path, size)
 
-    decode = data.decode
-    monkeypatch.setattr(data, "decode", end)
-    for by, error in [("crash", data.DataError), ("Ctrl-C", KeyboardInterrupt)]:
+    def replace_or_end(old, new, replace=os.replace):
+        if by == "rename" and new.exists() is (tmp_path / "two.json").exists() is False:
+            return replace(old, new)
+        raise KeyboardInterrupt  # between the two renames
+
+    monkeypatch.setattr(data, "decode", decode_or_end)
+    monkeypatch.setattr(os, "replace", replace_or_end)
+    left = ["one.json", "one.npy", "source"]
+    for by, error, left in [("crash", data.DataError, left), ("Ctrl-C", KeyboardInterrupt, left),
+                            ("rename", KeyboardInterrupt, left + ["two.json"])]:
         with pytest.raises(error):
-            data.pack(source, tmp_path / "two.npy", size=8, workers=2)
-        assert sorted(os.listdir(tmp_path)) == ["one.json", "one.npy", "source", "two.json"], "nothing is left behind"
-    monkeypatch.setattr(data, "decode", decode)
-    data.pack(source, tmp_path / "two.npy", size=8, workers=2)
+            data.pack(tmp_path / "source", tmp_path / "two.npy", size=8, workers=2)
+        assert sorted(os.listdir(tmp_path)) == left
+    monkeypatch.undo()
+    data.pack(tmp_path / "source", tmp_path / "two.npy", size=8, workers=2)
     for suffix in (".npy", ".json"):
         assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
 
