@@ -4,6 +4,7 @@
     python bench.py --what train --temporal ssm --frames 200 --baseline                  # against the textbook
     python bench.py --what layer --channels 512 --frames 400 --size 4 --baseline
     python bench.py --budget-gb 24 --frames 256 --batch-size 8                           # how wide a network fits
+    python bench.py --gpu --out gpu.md                                   # all there is to know of a GPU, in ten minutes
 
 Glossary
     train        a training step: forward, backward, fused Adam
@@ -53,6 +54,20 @@ COLUMNS = "M parameters", "seconds", "GB", "utilisation, %", "ratio of seconds",
 BUDGET_COLUMNS = "base channels", "M parameters", "GB", "GB of the next width"
 Row = namedtuple("Row", "what frames temporal formulation")  # formulation: "ours" or "textbook"
 
+STEP = "bench.py --batch-size 8 --precision bf16 --repeats 3 --frames 400 --temporal ssm --what train"  # of minerl-400
+DRAW = STEP.replace("train", "sample")
+TRAIN = "train.py --preset minerl-400 --eval-clips 0 --grid-samples 0 --grad-checkpoint --out out/gpu --steps"
+COPY = ("import torch; from torch.utils.benchmark import Timer; a = torch.empty(2**28, device='cuda'); b = a.clone(); "
+        "t = Timer('b.copy_(a)', globals=dict(a=a, b=b)).blocked_autorange().median; "
+        "print(f'copy: {2 * a.nbytes / t / 1e12:.2f} TB/s')")
+GPU_PLAN = (  # what --gpu runs, in the order that loses least if time runs out: seconds at most, command
+    (30, "-m torch.utils.collect_env"), (30, f"-c {shlex.quote(COPY)}"), (120, "-m pytest -q test_all.py -k gpu"),
+    (60, STEP), (60, f"{STEP} --grad-checkpoint"), (60, f"{STEP} --grad-checkpoint --profile"),
+    (40, f"{DRAW} --batch-size 1"), (40, DRAW), (30, f"{STEP} --what layer --channels 64 --size 32"),
+    (30, f"{STEP} --what layer --channels 512 --size 4"), (120, f"{STEP} --grad-checkpoint --compile"),
+    (90, f"{DRAW} --compile"), (60, f"{TRAIN} 10"), (60, f"{TRAIN} 20"),
+    (120, f"{STEP} --grad-checkpoint --frames 64 200 400 --temporal ssm attention linear-attention"))
+
 
 # ---------------------------------------------------------------------------------------- the textbook
 
@@ -64,11 +79,11 @@ def textbook_temporal_ssm(layer, x):
         return layer.mlp[1](X) if len(layer.mlp) == 2 else X
 
     H = layer.norm(x)
-    X = rearrange(H, "b c f h w -> (b h w) f c")
+    X = rearrange(H, "b f h w c -> (b h w) f c")
     X = mlp(X) if layer.mlp_position == "pre" else X
     U = sum(textbook_s4d(ssm, X.flip(1)).flip(1) if ssm.reverse else textbook_s4d(ssm, X) for ssm in layer.directions)
     U = mlp(U) if layer.mlp_position == "post" else U
-    return (x if layer.skip == "input" else H) + rearrange(U, "(b h w) f c -> b c f h w", h=x.shape[3], w=x.shape[4])
+    return (x if layer.skip == "input" else H) + rearrange(U, "(b h w) f c -> b f h w c", h=x.shape[2], w=x.shape[3])
 
 
 def textbook_s4d(ssm, u):
@@ -86,7 +101,7 @@ def textbook_s4d(ssm, u):
 
 
 def textbook_temporal_attention(layer, x, bias=None):
-    X = rearrange(layer.norm(x), "b c f h w -> (b h w) f c")
+    X = rearrange(layer.norm(x), "b f h w c -> (b h w) f c")
     q, k, v = rearrange(layer.to_qkv(X), "p f (three heads d) -> three p heads f d", three=3, heads=layer.heads)
     q, k = rotary_embedding(q, layer.rotary_freqs), rotary_embedding(k, layer.rotary_freqs)
     if isinstance(layer, model.TemporalLinearAttention):
@@ -96,22 +111,23 @@ def textbook_temporal_attention(layer, x, bias=None):
         logits = torch.einsum("pnid,pnjd->pnij", q * q.shape[-1] ** -0.5, k) + bias         # p heads f f
         out = torch.einsum("pnij,pnjd->pnid", logits.softmax(dim=-1), v)                    # p heads f d
     out = layer.to_out(rearrange(out, "p heads f d -> p f (heads d)"))
-    return x + rearrange(out, "(b h w) f c -> b c f h w", h=x.shape[3], w=x.shape[4])
+    return x + rearrange(out, "(b h w) f c -> b f h w c", h=x.shape[2], w=x.shape[3])
 
 
 def textbook_spatial_linear_attention(layer, x):
     qkv = layer.to_qkv(layer.norm(x))
-    q, k, v = rearrange(qkv, "b (three n d) f h w -> three b f n d (h w)", three=3, n=layer.heads)
+    q, k, v = rearrange(qkv, "b f h w (three n d) -> three b f n d (h w)", three=3, n=layer.heads)
     context = torch.einsum("bfndp,bfnep->bfnde", k.softmax(dim=-1), v)
     out = torch.einsum("bfnde,bfndp->bfnep", context, q.softmax(dim=-2) * q.shape[-2] ** -0.5)
-    return x + layer.to_out(rearrange(out, "b f n e (h w) -> b (n e) f h w", h=x.shape[3], w=x.shape[4]))
+    return x + layer.to_out(rearrange(out, "b f n e (h w) -> b f h w (n e)", h=x.shape[2]))
 
 
-def textbook_block(layer, x, scale_shift=None):
-    x = layer.norm(layer.conv(x))
-    if scale_shift is not None:
-        x = x * (scale_shift[0] + 1) + scale_shift[1]
-    return F.silu(x)
+def textbook_block(layer, x, scale=None, shift=None):
+    x = rearrange(x, "b f h w c -> b c f h w")
+    x = layer.norm(F.conv3d(x, layer.conv.weight[:, :, None], layer.conv.bias, padding=(0, 1, 1)))
+    if scale is not None:
+        x = x * (scale[..., None, None, None] + 1) + shift[..., None, None, None]
+    return rearrange(F.silu(x), "b c f h w -> b f h w c")
 
 
 TEXTBOOK = {TemporalSSM: textbook_temporal_ssm, model.TemporalAttention: textbook_temporal_attention,
@@ -139,10 +155,11 @@ def unet_config(temporal, base, args):
 
 def build(row, args):
     """-> the network of a row, or its layer, and the tuple of its inputs."""
-    video = torch.randn(args.batch_size, args.channels if row.what == "layer" else 3, row.frames, args.size, args.size)
     if row.what == "layer":
-        net, inputs = TemporalSSM(args.channels, args.state_size or 512), (video.requires_grad_(),)
+        video = torch.randn(args.batch_size, row.frames, args.size, args.size, args.channels, requires_grad=True)
+        net, inputs = TemporalSSM(args.channels, args.state_size or 512), (video,)
     else:
+        video = torch.randn(args.batch_size, 3, row.frames, args.size, args.size)
         net = UNet3D(unet_config(row.temporal, args.base_channels, args), args.grad_checkpoint)
         inputs = video, torch.full((len(video),), 128)
     return use_textbook(net) if row.formulation == "textbook" else net, inputs
@@ -152,8 +169,8 @@ def measure(row, args, device):
     """Run the steps of a row in this process -> the first four of COLUMNS."""
     with device:
         net, inputs = build(row, args)
-    if args.compile and row.formulation == "ours":  # as train.py and sample.py do
-        net.compile(dynamic=False, mode="reduce-overhead" if row.what == "sample" and device.type == "cuda" else None)
+    if args.compile and row.formulation == "ours":
+        model.compile_tails()
     noise, diffusion = torch.randn_like(inputs[0]), Diffusion(256, device)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True) if row.what == "train" else None
 
@@ -177,6 +194,11 @@ def measure(row, args, device):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
+        if args.profile:
+            with torch.profiler.profile() as profile:
+                step()
+            print(profile.key_averages().table(f"self_{device.type}_time_total", row_limit=40), file=sys.stderr)
+            print(f"reserved: {torch.cuda.max_memory_reserved() / 2**30:.2f} GB", file=sys.stderr)
     seconds, memory = statistics.median(times[1:]), max(1, peak_memory(device) - before)
     return [count_parameters(net) / 1e6, seconds, memory / 2**30, 100 * utilisation(row, args, device, seconds)]
 
@@ -203,6 +225,8 @@ def measure_in_a_process(row):
         return []
     if child.returncode:
         sys.exit(child.stderr.strip())
+    if "--profile" in sys.argv:
+        print(child.stderr)
     return json.loads(child.stdout.splitlines()[-1])
 
 
@@ -242,6 +266,8 @@ def parse_args():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     add("--budget-gb", type=positive_float, help="find the widest network whose training step fits, for each layer")
     add("--out", type=Path, help="Markdown file for the table; a figure, with matplotlib, goes beside it")
+    add("--gpu", action="store_true", help="run all that there is to measure on a GPU; appended to --out (gpu.md)")
+    add("--profile", action="store_true", help="the forty largest kernels of one more step, and the memory reserved")
     add("--row", choices=("ours", "textbook"), help="run the first row in this process and print its numbers")
     args = parser.parse_args()
     for wrong, message in (
@@ -249,12 +275,30 @@ def parse_args():
             (args.size % 8 and (args.budget_gb or args.what != ["layer"]), f"--size {args.size}: not a multiple of 8"),
             (args.base_channels % 8, f"--base-channels {args.base_channels}: not a multiple of 8"),
             (args.ssm == "s4d" and (args.state_size or 2) % 2, f"--state-size {args.state_size}: not an even number"),
+            (args.gpu and not torch.cuda.is_available(), "--gpu: there is no CUDA device here"),
             (args.device.startswith("mps"), "--device mps: memory is measured on cpu and cuda only"),
             (args.out and not (args.out.suffix == ".md" and args.out.parent.is_dir()),
              f"--out {args.out}: expected a name that ends in .md, in a folder that exists")):
         if wrong:
             parser.error(message)
     return args
+
+
+def gpu_session(out, minutes=10):
+    """Run GPU_PLAN, each command in a process of its own with a time limit; append what it prints to `out` at once."""
+    end = time.monotonic() + 60 * minutes
+    for limit, command in GPU_PLAN:
+        left = min(limit, end - time.monotonic())
+        text = f"\n## python {command}\n\n"
+        try:
+            done = subprocess.run([sys.executable, *shlex.split(command)], cwd=Path(__file__).parent, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=max(0.1, left))
+            text += done.stdout[-12_000:] + (f"exit status {done.returncode}\n" if done.returncode else "")
+        except subprocess.TimeoutExpired as error:
+            text += (error.stdout or b"").decode()[-2_000:] + f"not finished in {left:.0f} s\n"
+        print(text, flush=True)
+        with open(out, "a") as file:
+            file.write(text)
 
 
 def draw(path, results):
@@ -278,6 +322,8 @@ def draw(path, results):
 def main():
     args = parse_args()
     device = choose_device(args.device)
+    if args.gpu:
+        return gpu_session(args.out or Path("gpu.md"))
     torch.set_num_threads(args.threads)
     rows = [Row(what, frames, temporal, formulation) for what in (["train"] if args.budget_gb else args.what)
             for frames in args.frames for temporal in (["ssm"] if what == "layer" else args.temporal)

@@ -56,7 +56,7 @@ def run(name, main, *told):
 def out_of_memory(error):
     """Whether an exception says that memory ran out; on a CPU PyTorch raises a plain RuntimeError."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(
-        re.search("can't allocate memory|bad_alloc|ALLOC_FAILED|not create a primitive", str(error)))
+        re.search("out of memory|can't allocate memory|bad_alloc|ALLOC_FAILED|not create a primitive", str(error)))
 
 
 def gist(error):

@@ -36,7 +36,6 @@ import re
 import signal
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +46,6 @@ from torch.utils.data import DataLoader, Dataset
 
 class DataError(ValueError):
     """What a person did wrong, in one line: the offending value, what was expected, what to do."""
-
-
-# ---------------------------------------------------------------------------------------- conversions
 
 
 def to_float(video):
@@ -72,14 +68,11 @@ def to_uint8(x):
     return x.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).movedim(-4, -1).contiguous()
 
 
-# ---------------------------------------------------------------------------------------- packed videos, clips by key
+# ---------------------------------------------------------------------------------------- clips by key, batches
 
 
 def open_videos(path, frames, size, split="train"):
-    """What --data names, for clips of `frames` frames of size x size -> MazeVideos or PackedVideos. Raises DataError.
-
-    path: None or "maze" for endless mazes, else what `read_videos` takes.
-    """
+    """-> MazeVideos if path is None or "maze", else PackedVideos of what `read_videos` takes. Raises DataError."""
     if path is None or str(path) == "maze":
         return MazeVideos(frames, size, split)
     return PackedVideos(path, frames, size, split)
@@ -88,18 +81,16 @@ def open_videos(path, frames, size, split="train"):
 class PackedVideos:
     """Clips of packed videos, memory-mapped; every window of every video of the split is equally likely.
 
-    path: what `read_videos` takes. Attributes: frames, size as given; splits, those that the file has; videos, the
-    index entries of the split's videos that are long enough; num_too_short, how many are not; num_windows. Raises
-    DataError if the file has another size, or nothing for this split and number of frames.
+    path: what `read_videos` takes. Attributes: splits, those that the file has; videos, the index entries of the
+    split's long enough videos; num_too_short; num_windows. Raises DataError if there are none, or of another size.
     """
 
     def __init__(self, path, frames, size, split="train"):
         self.frames, self.size, self.split = frames, size, split
         self.pixels, videos = read_videos(path, size)
-        height, width = self.pixels.shape[1:3]
-        if not height == width == size:
-            raise DataError(f"--size {size}: {path} holds frames of {height}x{width}; use that size if it is square, "
-                            f"or pack the videos again with --size {size}")
+        if self.pixels.shape[1:3] != (size, size):
+            raise DataError(f"--size {size}: {path} holds frames of {self.pixels.shape[1:3]}; use that size if it is "
+                            "square, or pack the videos again")
         self.splits = tuple(sorted({video["split"] for video in videos}))
         chosen = [video for video in videos if split in (video["split"], "all")]
         self.videos = [video for video in chosen if video["length"] >= frames]
@@ -135,9 +126,45 @@ def random_generator(*key):
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((len(key), *key))))
 
 
+def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=False, with_labels=False):
+    """Endless iterator over the batches of steps first_step, first_step + 1, ...
+
+    Each is a uint8 tensor (b, f, h, w, 3) whose row for sample index i at step s is videos.clip(seed, s, i); with
+    labels it is (that tensor, the list of the b labels, each a str or None). Of a global batch each process names its
+    own sample indices. `workers` processes of one thread each prefetch, and end with this one; 0 reads in this one.
+    """
+    loader = DataLoader(Batches(videos, sample_indices, seed), batch_size=None, sampler=itertools.count(first_step),
+                        num_workers=workers, pin_memory=pin_memory, worker_init_fn=leave_signals_to_main,
+                        generator=torch.Generator())  # else it would draw a number from the global generator
+    return iter(loader) if with_labels else (clips for clips, _ in loader)
+
+
+class Batches(Dataset):
+    def __init__(self, videos, sample_indices, seed):
+        self.videos, self.sample_indices, self.seed = videos, sample_indices, seed
+
+    def __getitem__(self, step):
+        clips, labels = zip(*[self.videos.clip_and_label(self.seed, step, i) for i in self.sample_indices])
+        return torch.from_numpy(np.stack(clips)), list(labels)
+
+
+def leave_signals_to_main(_worker):
+    # Ctrl-C goes to every process of the terminal, a scheduler's SIGTERM to every one of the job. What they mean is the
+    # main process's to decide, which still needs its data then. Its own SIGTERM ends a worker, and so does its death.
+    def follow_main():
+        main, told = multiprocessing.parent_process(), None
+        while main.is_alive() and not (told and told.si_pid == main.pid):
+            told = signal.sigtimedwait([signal.SIGTERM], 1)
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=follow_main, daemon=True).start()
+
+
 def read_videos(path, size=None):
-    """-> pixels, the memory map of all frames, uint8 (total frames, h, w, 3), and videos, the index entries, a list of
-    {"name", "start", "length", "label", "split"}. Raises DataError.
+    """-> the memory map of all frames, uint8 (total frames, h, w, 3), and the index's list of videos. Raises DataError.
 
     path: a packed .npy file; or one without an index, where (n, frames, h, w, 3) is n videos, as sample.py writes them
     (with their labels in NAME.npy.json), and (frames, h, w, 3) is one, all of them "train"; or a folder of videos or a
@@ -163,15 +190,17 @@ def read_videos(path, size=None):
 
 
 def open_array(path):
-    """The memory map of a uint8 (..., frames, h, w, 3) .npy file; never runs code from it. Raises DataError."""
+    """The uint8 (..., frames, h, w, 3) in a .npy (memory-mapped) or .pt file; never runs its code. Raises DataError."""
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise DataError(f"{path} is not a file")
     try:
-        if not path.is_file():  # opening a pipe would wait for ever
-            raise FileNotFoundError("there is no such file")
-        array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it knows neither pickles nor archives
-    except Exception as error:  # a damaged header makes numpy raise all kinds of them
-        raise DataError(f"{path} is not a readable .npy file of uint8 frames: {one_line(error)}") from None
-    if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-1] != 3 or 0 in array.shape \
-            or not array.flags.c_contiguous:
+        if path.suffix.lower() == ".pt":
+            array = torch.load(path, map_location="cpu", weights_only=True).contiguous().numpy()
+        else:
+            array = np.lib.format.open_memmap(path, mode="r")  # unlike np.load, it knows neither pickles nor archives
+    except Exception as error:  # both raise all kinds of them for a damaged file
+        raise DataError(f"{path} is damaged, or holds no array or tensor ({type(error).__name__})") from None
+    if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-1] != 3 or not array.flags.c_contiguous:
         raise DataError(f"{path} holds {array.dtype} {array.shape}; expected uint8 (frames, height, width, 3), or the "
                         f"same with the number of videos in front, in C order")
     return array
@@ -182,7 +211,7 @@ def read_index(path):
     try:
         return [{key: video[key] for key in ("name", "start", "length", "label", "split")}
                 for video in json.loads(path.read_text(encoding="utf-8"))["videos"]]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError):
         raise DataError(f"{path} is not an index of packed videos, but its name says so: move it elsewhere") from None
 
 
@@ -201,58 +230,10 @@ def read_whole_videos(path, size):
     if path.suffix.lower() == ".npy":
         packed = PackedVideos(path, 1, size, "all")
         return [packed.pixels[video["start"]:video["start"] + video["length"]] for video in packed.videos]
-    video, reason = decode_or_reason(path, size)
-    if reason:
-        raise DataError(f"{path} cannot be read as a video: {reason}")
+    video = decode_or_reason(path, size)
+    if isinstance(video, str):
+        raise DataError(f"{path} cannot be read as a video: {video}")
     return [video]
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-# ---------------------------------------------------------------------------------------- batches
-
-
-def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=False, with_labels=False):
-    """Endless iterator over the batches of steps first_step, first_step + 1, ...
-
-    Each is a uint8 tensor (b, f, h, w, 3) for b sample indices, whose row for sample index i at step s is
-    videos.clip(seed, s, i); with labels it is (that tensor, the list of the b labels, each a str or None), every clip
-    made once. So of a global batch each process names its own sample indices, and any number of processes together see
-    the same. `workers` processes of one thread each prefetch, and end with this one; 0 reads in this one.
-    """
-    loader = DataLoader(Batches(videos, sample_indices, seed), batch_size=None, sampler=itertools.count(first_step),
-                        num_workers=workers, pin_memory=pin_memory, worker_init_fn=leave_signals_to_main,
-                        generator=torch.Generator())  # else it would draw a number from the global generator
-    return iter(loader) if with_labels else (clips for clips, _ in loader)
-
-
-class Batches(Dataset):
-    def __init__(self, videos, sample_indices, seed):
-        self.videos, self.sample_indices, self.seed = videos, sample_indices, seed
-
-    def __getitem__(self, step):
-        clips, labels = zip(*[self.videos.clip_and_label(self.seed, step, i) for i in self.sample_indices])
-        return torch.from_numpy(np.stack(clips)), list(labels)
-
-
-def leave_signals_to_main(_worker):
-    # Ctrl-C goes to every process of the terminal, a scheduler's SIGTERM to every one of the job. What they mean is the
-    # main process's to decide, which still needs its data then. Its own SIGTERM ends a worker, and so does its death.
-    main, can_wait = multiprocessing.parent_process(), hasattr(signal, "sigtimedwait")  # macOS has none
-
-    def follow_main():
-        while main.is_alive():
-            told = signal.sigtimedwait([signal.SIGTERM], 1) if can_wait else time.sleep(1)
-            if told and told.si_pid == main.pid:
-                break
-        os._exit(0)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if can_wait:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    threading.Thread(target=follow_main, daemon=True).start()
 
 
 # ---------------------------------------------------------------------------------------- packing
@@ -289,26 +270,20 @@ def pack(source, out, size, workers=None, min_frames=1):
     links followed, hidden files left out; sorted by name, whatever the number of `workers` (default: all cores).
     A video's label is its folder's name; its split is UCF101's official one (trainlist01.txt, testlist01.txt in or
     beside the source) or else that of a folder called train or test above it, or else "train". Videos that cannot be
-    decoded, and those shorter than `min_frames`, are skipped and listed with the reason.
-
-    `out` appears when it is complete, and never replaces a file; an interrupted pack starts over. Raises DataError,
-    also when nothing is usable or a decoder crashes, and OSError.
+    decoded, and those shorter than `min_frames`, are skipped and listed with the reason. Raises OSError and DataError,
+    also when nothing is usable or a decoder crashes.
     """
     found = find_videos(Path(source))
-    if workers is None:  # the cores this process may use, where the system tells, are often fewer than there are
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     # In order, each worker two videos ahead at most. Arrays come through a pipe; tensors would come through shared
     # memory, of which containers have little.
     decoded = DataLoader([video["path"] for video in found], batch_size=None, num_workers=min(workers, len(found)),
                          collate_fn=functools.partial(decode_or_reason, size=size, min_frames=min_frames),
                          worker_init_fn=end_when_interrupted, generator=torch.Generator())
     try:
-        return write_packed(out, size, len(found), ((video, *result) for video, result in zip(found, decoded)))
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        crash = one_line(error)
-    raise DataError(f"the decoder crashed soon after the last video counted: {crash}")  # here the workers have ended
+        return write_packed(out, size, len(found), zip(found, decoded))
+    except RuntimeError as error:  # a worker has died
+        raise DataError(f"the decoder crashed soon after the last video counted: {error}") from None
 
 
 def end_when_interrupted(worker):
@@ -317,10 +292,10 @@ def end_when_interrupted(worker):
 
 
 def write_packed(out, size, count, videos):
-    """Write `count` videos, ({"name", "label", "split"}, frames, None) or (..., None, reason), to `out` -> the index.
+    """Write `count` videos, ({"name", "label", "split"}, its frames or why it has none), to `out` -> the index.
 
-    Both are written to a temporary folder, then renamed, the index first: an array without one would pass for a single
-    long video. Only SIGKILL leaves that folder behind: hidden, beside `out`, and safe to delete.
+    `out` never replaces a file. It and its index are written to a temporary folder, then renamed, the index first: an
+    array without one would pass for a single long video. SIGKILL leaves that folder behind, hidden, beside `out`.
     """
     from tqdm import tqdm
 
@@ -336,10 +311,10 @@ def write_packed(out, size, count, videos):
             open(Path(folder, out.name), "wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (0, size, size, 3)}
         np.lib.format.write_array_header_1_0(file, header)  # leaves room for what the first axis will be
-        for video, frames, reason in tqdm(videos, total=count, unit="video", disable=None):
-            if reason:
-                skipped.append({"name": video["name"], "reason": reason})
-                tqdm.write(f"skipped {video['name']!r}: {reason}")
+        for video, frames in tqdm(videos, total=count, unit="video", disable=None):
+            if isinstance(frames, str):
+                skipped.append({"name": video["name"], "reason": frames})
+                tqdm.write(f"skipped {video['name']!r}: {frames}")
             else:
                 file.write(frames.data)
                 entries.append({"name": video["name"], "start": total, "length": len(frames),
@@ -379,7 +354,12 @@ def find_videos(source):
         paths += videos
     if not paths:
         raise DataError(f"{source} holds no videos; expected {' '.join(sorted(VIDEO_FILES))}, or folders of pictures")
-    official, found = official_splits(source), []
+    # UCF101's lists of split 01 have lines such as "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1".
+    lists = [(folder / below / f"{split}list01.txt", split) for folder in (source, source.resolve().parent)
+             for below in ("", "ucfTrainTestlist") for split in ("train", "test")]
+    official = {Path(line.split()[0]).stem: split for file, split in lists if file.is_file()
+                for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()}
+    found = []
     for path in paths:
         name = path.relative_to(source).as_posix() if path != source else source.resolve().name
         folders = name.split("/")[:-1]
@@ -393,10 +373,9 @@ def files_of(video):
     """The file of a video; of a folder of frames the pictures in the order of their numbers: 2.png before 10.png."""
     if not video.is_dir():
         return [video]
-    pictures = [path for path in sorted(video.iterdir())
-                if path.suffix.lower() in FRAME_FILES and not path.name.startswith(".")]
-    return sorted(pictures, key=lambda path: [(text, int(number or 0)) for text, number in
-                                              re.findall("([^0-9]*)([0-9]*)", path.name)])
+    pictures = [path for path in video.iterdir() if path.suffix.lower() in FRAME_FILES and path.name[0] != "."]
+    return sorted(pictures, key=lambda path: ([(text, int(number or 0)) for text, number in
+                                               re.findall("([^0-9]*)([0-9]*)", path.name)], path.name))
 
 
 def official_splits(source):
@@ -411,20 +390,18 @@ def official_splits(source):
 
 
 def decode_or_reason(path, size, min_frames=1):
-    """-> (uint8 (frames, size, size, 3), None), or (None, why the video cannot be used)."""
+    """-> uint8 (frames, size, size, 3), or a str, why the video cannot be used."""
     try:
         video = decode(path, size)
     except Exception as error:  # whatever a bad file does to a decoder, it is one bad file
-        return None, one_line(error)
-    return (video, None) if len(video) >= min_frames else (None, f"has {len(video)} frames, fewer than {min_frames}")
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return video if len(video) >= min_frames else f"has {len(video)} frames, fewer than {min_frames}"
 
 
 def decode(path, size):
-    """A video file or folder of frames -> uint8 (frames, size, size, 3). Raises all sorts of errors for a bad file.
-
-    Frames are resized as they are decoded: a long HD video is never in memory at its full size.
-    """
+    """A video file or folder of frames -> uint8 (frames, size, size, 3). Raises all sorts of errors for a bad file."""
     # `fit` takes the largest square around the centre; bicubic in Pillow widens its filter as it shrinks: no aliasing.
+    # Frames are resized as they are decoded: a long HD video is never in memory at its full size.
     small = [ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
              for image in read_images(Path(path).absolute(), size)]  # FFmpeg takes the "a" of "a:b.mp4" for a protocol
     if not small:
@@ -434,37 +411,24 @@ def decode(path, size):
 
 def read_images(path, size):
     """The frames of a video as PIL images, scaled down to no less than twice `size`, or not at all."""
-    for file in files_of(path):
-        if not file.is_file():  # reading a pipe would wait for ever
-            raise DataError(f"{file.name} is not a regular file")
+    files, kind = files_of(path), path.suffix.lower()
+    if not all(file.is_file() for file in files):  # reading a pipe would wait for ever
+        raise DataError("is not a regular file, or has one among its frames")
     if path.is_dir():
-        for file in files_of(path):
+        for file in files:
             with Image.open(file) as image:
                 if image.mode[0] in "IF":  # Pillow would cut these off at 255, not scale them
                     raise DataError(f"{file.name} has more than 8 bits per channel")
                 yield ImageOps.exif_transpose(image)
-    elif path.suffix.lower() == ".npy":
-        if path.with_suffix(".json").is_file():
+    elif kind in (".npy", ".pt"):
+        if kind == ".npy" and path.with_suffix(".json").is_file():
             raise DataError("is packed already: there is an index beside it")
         yield from map(Image.fromarray, open_array(path))
-    elif path.suffix.lower() == ".pt":
-        yield from map(Image.fromarray, read_tensor(path))
-    elif path.suffix.lower() in (".gif", ".webp"):
+    elif kind in (".gif", ".webp"):
         with Image.open(path) as image:
             yield from ImageSequence.Iterator(image)  # partial frames on top of those before
     else:
         yield from read_film(path, size)
-
-
-def read_tensor(path):
-    """The uint8 (frames, h, w, 3) tensor in a file of torch.save as an array; never runs code from it."""
-    try:
-        video = torch.load(path, map_location="cpu", weights_only=True).numpy()
-    except Exception as error:  # torch raises all sorts for a damaged file
-        raise DataError(f"is damaged, or holds more than a tensor, which is refused ({type(error).__name__})") from None
-    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3:
-        raise DataError(f"holds {video.dtype} {video.shape}; expected uint8 (frames, height, width, 3)")
-    return np.ascontiguousarray(video)
 
 
 def read_film(path, size):
@@ -507,7 +471,7 @@ STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 WALL_COLOURS = np.array([(214, 64, 52), (232, 150, 40), (222, 206, 70), (74, 168, 76),
                          (56, 162, 190), (66, 88, 200), (158, 76, 188), (226, 120, 160)], np.float32)
 COLOUR_NAMES = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
-SKY, HAZE, FLOOR = np.array([(104, 164, 236), (196, 208, 220), (112, 100, 88)], np.float32)
+SKY, HAZE, FLOOR = np.array([(104, 164, 236), (196, 208, 220), (112, 100, 88)], np.float32)[..., None, None]
 
 
 class MazeVideos:
@@ -515,16 +479,14 @@ class MazeVideos:
 
     A longer walk begins with the frames of a shorter one, and the same place seen in the same direction is the same
     picture, byte for byte, however long ago it was seen before. Test walks are never training ones; there is no end to
-    either, so "all" is just "train". Raises DataError for a clip of no
-    frames, of less than 8x8, or of more than 2^34 pixels.
+    either, so "all" is just "train". Raises DataError for a clip of no frames, or of less than 8x8 pixels.
     """
 
     splits = ("train", "test")
 
     def __init__(self, frames, size, split="train"):
-        if frames < 1 or size < 8 or frames * size**2 > 2**34:
-            raise DataError(f"--frames {frames} --size {size}: mazes have 1 frame or more, of 8x8 pixels or more, and "
-                            "at most 2^34 pixels")
+        if frames < 1 or size < 8:
+            raise DataError(f"--frames {frames} --size {size}: mazes have 1 frame or more, of 8x8 pixels or more")
         self.frames, self.size, self.split = frames, size, split
 
     def clip_and_label(self, *key):
@@ -561,13 +523,13 @@ def random_walls(rng):
         i, j = trail[-1]
         ahead = [(direction, (i + dx, j + dy)) for direction, (dx, dy) in enumerate(STEPS)
                  if 0 <= i + dx < CELLS and 0 <= j + dy < CELLS and (i + dx, j + dy) not in visited]
-        if not ahead:
+        if ahead:
+            direction, cell = ahead[rng.integers(len(ahead))]
+            walls[wall_at((i, j), direction)] = False
+            visited.add(cell)
+            trail.append(cell)
+        else:
             trail.pop()
-            continue
-        direction, cell = ahead[rng.integers(len(ahead))]
-        walls[wall_at((i, j), direction)] = False
-        visited.add(cell)
-        trail.append(cell)
     for i, j, direction in rng.integers((CELLS - 1, CELLS - 1, 2), size=(SHORTCUTS, 3)):
         walls[wall_at((i, j), direction)] = False
     return walls
@@ -613,8 +575,7 @@ def render(path, walls, colours, size):
     from_horizon = np.abs(np.arange(size, dtype=np.float32) + 0.5 - size / 2)[:, None]     # pixels, (size, 1)
     nearness = from_horizon / (size / 2)
     is_sky = np.arange(size)[:, None] < size / 2
-    sky, haze, floor = SKY[:, None, None], HAZE[:, None, None], FLOOR[:, None, None]
-    background = np.where(is_sky, haze + nearness * (sky - haze), floor * (0.4 + 0.6 * nearness))   # (3, size, 1)
+    background = np.where(is_sky, HAZE + nearness * (SKY - HAZE), FLOOR * (0.4 + 0.6 * nearness))   # (3, size, 1)
     colours = colours.reshape(-1, 3).T
     brightness = np.repeat(np.array([1, DIM_SIDE], np.float32), walls[0].size)
     out = np.empty((path.shape[1], size, size, 3), np.uint8)
@@ -667,16 +628,13 @@ def main():
     maze.add_argument("--num", type=positive_int, default=100, help="number of walks (default: 100)")
     maze.add_argument("--seed", type=non_negative_int, default=0, help="another seed, other walks (default: 0)")
     args = parser.parse_args()
-    try:
-        if args.source == "maze":
-            mazes = MazeVideos(args.frames, args.size)
-            walks = ((i, *mazes.clip_and_label(args.seed, i)) for i in range(args.num))
-            write_packed(args.out, args.size, args.num, (
-                ({"name": f"walk{i:05d}", "label": label, "split": "train"}, clip, None) for i, clip, label in walks))
-        else:
-            pack(args.source, args.out, args.size, args.workers, args.min_frames)
-    except KeyboardInterrupt:
-        raise DataError("interrupted; the same command starts over") from None
+    if args.source != "maze":
+        pack(args.source, args.out, args.size, args.workers, args.min_frames)
+        return
+    mazes = MazeVideos(args.frames, args.size)
+    walks = (mazes.clip_and_label(args.seed, i) for i in range(args.num))
+    write_packed(args.out, args.size, args.num, (
+        ({"name": f"walk{i:05d}", "label": label, "split": "train"}, clip) for i, (clip, label) in enumerate(walks)))
 
 
 if __name__ == "__main__":

@@ -50,31 +50,30 @@ class Diffusion:
         alphas_cumprod = torch.cumprod(1 - betas, 0)                                        # ᾱ_t
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])     # ᾱ_{t-1}
 
-        self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # ᾱ_t as numbers; the last, found at t = -1, is ᾱ_{-1}
-
-        def table(values):
-            return values.float().to(device)
-
-        self.betas, self.alphas_cumprod = table(betas), table(alphas_cumprod)
-        self.sqrt_alphas_cumprod = table(alphas_cumprod.sqrt())
-        self.sqrt_one_minus_alphas_cumprod = table((1 - alphas_cumprod).sqrt())
+        self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # ᾱ_t as numbers; the last, at t = -1, is ᾱ_{-1}
+        float32 = functools.partial(torch.Tensor.to, device=device, dtype=torch.float32)
+        self.betas, self.alphas_cumprod = float32(betas), float32(alphas_cumprod)
+        self.sqrt_alphas_cumprod = float32(alphas_cumprod.sqrt())
+        self.sqrt_one_minus_alphas_cumprod = float32((1 - alphas_cumprod).sqrt())
         # Eq. 7
-        self.posterior_mean_x0 = table(betas * previous.sqrt() / (1 - alphas_cumprod))
-        self.posterior_mean_xt = table((1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod))
-        self.posterior_variance = table(betas * (1 - previous) / (1 - alphas_cumprod))
+        self.posterior_mean_x0 = float32(betas * previous.sqrt() / (1 - alphas_cumprod))
+        self.posterior_mean_xt = float32((1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod))
+        self.posterior_variance = float32(betas * (1 - previous) / (1 - alphas_cumprod))
+
+    def levels(self, t, like):
+        """-> √ᾱ_t and √(1 - ᾱ_t), (b, 1, ...) each."""
+        return extract(self.sqrt_alphas_cumprod, t, like), extract(self.sqrt_one_minus_alphas_cumprod, t, like)
 
     def q_sample(self, x_0, t, noise):
         """x_t ~ q(x_t | x_0) for the given noise. x_0, noise: (b, ...), t: (b,) int -> (b, ...)."""
         # Eq. 4: x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε
-        sqrt_alpha_bar = extract(self.sqrt_alphas_cumprod, t, x_0)
-        sqrt_one_minus_alpha_bar = extract(self.sqrt_one_minus_alphas_cumprod, t, x_0)
-        return sqrt_alpha_bar * x_0 + sqrt_one_minus_alpha_bar * noise
+        signal, noise_level = self.levels(t, x_0)
+        return signal * x_0 + noise_level * noise
 
     def predict_x0(self, x_t, t, eps):
         """The x_0 that x_t and the noise ε imply, not clipped. Eq. 4 solved for x_0."""
-        sqrt_alpha_bar = extract(self.sqrt_alphas_cumprod, t, x_t)
-        sqrt_one_minus_alpha_bar = extract(self.sqrt_one_minus_alphas_cumprod, t, x_t)
-        return (x_t - sqrt_one_minus_alpha_bar * eps) / sqrt_alpha_bar
+        signal, noise_level = self.levels(t, x_t)
+        return (x_t - noise_level * eps) / signal
 
     def posterior(self, x_0, x_t, t):
         """-> mean μ̃_t (b, ...) and variance β̃_t (b, 1, ...) of q(x_{t-1} | x_t, x_0)."""
@@ -84,9 +83,8 @@ class Diffusion:
 
     def v(self, x_0, t, noise):
         """-> v of shape (b, ...), for which x_0 = √ᾱ_t x_t - √(1 - ᾱ_t) v (Salimans & Ho, App. D)."""
-        sqrt_alpha_bar = extract(self.sqrt_alphas_cumprod, t, x_0)
-        sqrt_one_minus_alpha_bar = extract(self.sqrt_one_minus_alphas_cumprod, t, x_0)
-        return sqrt_alpha_bar * noise - sqrt_one_minus_alpha_bar * x_0
+        signal, noise_level = self.levels(t, x_0)
+        return signal * noise - noise_level * x_0
 
     def loss(self, net, x_0, t, noise, kind="l2"):
         """‖ε - ε_θ(x_t, t)‖² per video, averaged over its values, Eq. 14 ("l1": the absolute difference) -> (b,).
@@ -103,12 +101,12 @@ class Diffusion:
         """The network's x̂_0 for x_t (b, ...) at step t, an int, not clipped -> (b, ...). Gradients pass."""
         t = torch.full(x_t.shape[:1], t, device=x_t.device)
         output = net(x_t, t).float()
-        # x_0 is to (v, x_t) what v is to (x_0, ε)
+        # the rotation is its own inverse: x_0 = √ᾱ x_t - √(1 - ᾱ) v
         return self.predict_x0(x_t, t, output) if self.prediction == "eps" else self.v(output, t, x_t)
 
     def timesteps(self, steps=None):
-        """-> [(t, s), ...]: `steps` (none: T) steps of sampling from t to s, evenly spaced from T - 1 down to 0 and on
-        to -1, which is x_0. One step goes from T - 1 to -1. Raises ValueError unless 1 <= steps <= T."""
+        """-> [(t, s), ...]: `steps` (None: T) steps of sampling from t to s, evenly spaced from T - 1 down to 0, then
+        -1, which is x_0. Raises ValueError unless 1 <= steps <= T."""
         steps = self.T if steps is None else steps
         if not 1 <= steps <= self.T:
             raise ValueError(f"{steps} sampling steps: expected 1 to {self.T}, the diffusion steps")
@@ -152,11 +150,10 @@ class Diffusion:
         """Draw videos by ancestral sampling, Algorithm 2, or DDIM, with x̂_0 clipped to [-1, 1] at every step.
 
         shape: (b, c, f, h, w). generators: b torch.Generators on the diffusion's device, one per video, so that a
-        video does not depend on what else is in its batch. progress: wraps the iterable of steps (tqdm, say).
+            video does not depend on its batch. progress: wraps the iterable of steps (tqdm, say).
         eta: η of DDIM, from 0 to 1; None: ancestral sampling. steps: how many, of DDIM, from 1 to T; None: T.
-        known: x_a (b, c, f, h, w) and given (f,), whether a frame is to be that of x_a; None: draw all of them. At every
-            step the given frames have the noise of the forward process (the "replacement method" of Ho et al. 2022),
-            since theirs is the true x_0, and come out as they are.
+        known: x_a (b, c, f, h, w) and given (f,), whether a frame is that of x_a; None: all are drawn. At every step
+            the given frames have the noise of the forward process (the "replacement method" of Ho et al. 2022).
         weight: w_r of the reconstruction guidance that draws the others towards them; 0: the replacement method alone.
         Returns float32 (b, c, f, h, w) in [-1, 1]. Raises ValueError for settings that do not fit.
         """
@@ -178,7 +175,6 @@ class Diffusion:
 
 def with_guidance(net, labels, null, guidance=1.0):
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): a network (x_t, t) -> output for `sample`.
-
     net: (x_t, t, labels) -> output, of any prediction. labels: (b,) int. null: the label of no class.
     guidance: w; 1: the network's own output for the labels, 0: for no class.
     """
@@ -201,7 +197,6 @@ def extract(table, t, like):
 
 def key_to_seed(*key):
     """A 64-bit seed from a tuple of integers and strings; keys that differ give unrelated seeds.
-
     (PyTorch's CPU generator uses 32 of the bits: among 50,000 keys, one pair in three tries shares them.)
     """
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little", signed=True)

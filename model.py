@@ -6,28 +6,32 @@ bidirectional S4D (arXiv 2403.07711), its rivals there (attention, linear attent
 
 Needs torch, einops and s4d.py.
 
-Glossary: b batch, c channels, f frames, h, w height and width, t diffusion step, x the noised video, ε its noise.
-A spatial layer treats every frame alone, a temporal layer every position (h, w) alone. `python model.py` prints the
-parameter counts at the paper's width.
+Glossary
+    b, c, f, h, w   batch, channels, frames, height, width
+    x, t, ε         the noised video, its diffusion step, its noise
+    spatial, temporal layer   one that treats every frame, every position (h, w) alone
+Outside the network a video is (b, c, f, h, w), inside it is (b, f, h, w, c). `python model.py` prints the parameter
+counts at the paper's width.
 """
 import functools
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from torch.utils.checkpoint import checkpoint
 
-from s4d import (S6, DiagonalSSM, LayerNorm, TemporalLayer, TemporalSSM, at_least_float32, chunk_size, convolve,
-                 in_chunks, linear)
+import s4d
+from s4d import (S6, DiagonalSSM, TemporalSSM, at_least_float32, autocast_off, by_rows, check_frames, chunk_size,
+                 in_chunks, layer_norm, recomputed)
 
 TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "gss", "mamba", "none")
 SSMS = ("s4d", "s6")
 ATTENTION_IMPLS = ("sdpa", "math")
 SPATIAL_HEAD_DIM = 32
-MAX_SEQUENCES = 2 ** 15  # per call of attention: its fused CUDA kernels fail beyond 65,535, a batch of 64 at 32x32
+MAX_SEQUENCES = 2 ** 15  # per call of attention: its fused CUDA kernels fail beyond 65,535
 
 
 @dataclass
@@ -57,11 +61,272 @@ class UNetConfig:
             self.mlp_dim = 512
 
 
-def make_temporal_layer(config, channels):
-    """The temporal layer that config.temporal names, for `channels` channels: (b, c, f, h, w) -> the same.
+# ---------------------------------------------------------------------------------------- the network
 
-    Raises ValueError for an unknown name.
+
+class UNet3D(nn.Module):
+    """The denoising network ε_θ(x_t, t).
+
+    config: UNetConfig. grad_checkpoint: recompute every block in the backward pass instead of keeping its activations.
+
+    forward: x (b, c, f, h, w) float, t (b,) int -> (b, c, f, h, w). Any f >= 1; h and w divisible by 2^(levels - 1).
+        labels (b,) int, 0 .. classes: of a network with classes; None: of no class.
+    Raises ValueError for other shapes.
     """
+
+    def __init__(self, config, grad_checkpoint=False):
+        super().__init__()
+        self.config, self.grad_checkpoint = config, grad_checkpoint
+        base, time_dim = config.base_channels, config.time_dim
+        widths = [base * m for m in config.channel_mults]
+        pairs = list(zip([base] + widths[:-1], widths))
+
+        self.time_mlp = nn.Sequential(nn.Linear(base, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim))
+        # shared by all attention layers; absent otherwise, because DDP rejects parameters without gradients
+        self.position_bias = RelativePositionBias(config.heads) if config.temporal == "attention" else None
+
+        self.stem = nn.Conv2d(config.video_channels, base, 7, padding=3)
+        self.stem_temporal = make_temporal_layer(config, base)
+        # the last level of each half keeps its resolution
+        self.down = nn.ModuleList(Level(config, c_in, c_out, nn.Conv2d) for c_in, c_out in pairs[:-1])
+        self.down.append(Level(config, *pairs[-1]))
+        self.mid_res1 = ResNetBlock(widths[-1], widths[-1], time_dim)
+        self.mid_spatial = SpatialAttention(widths[-1], config.heads)
+        self.mid_temporal = make_temporal_layer(config, widths[-1])
+        self.mid_res2 = ResNetBlock(widths[-1], widths[-1], time_dim)
+        self.up = nn.ModuleList(Level(config, 2 * c_out, c_in, nn.ConvTranspose2d) for c_in, c_out in pairs[:0:-1])
+        self.up.append(Level(config, 2 * base * config.channel_mults[0], base))
+        self.final_res = ResNetBlock(2 * base, base)
+        self.final_conv = nn.Linear(base, config.video_channels)
+        # last, so that the other first weights are those of a network without classes
+        self.class_embedding = nn.Embedding(config.classes + 1, time_dim) if config.classes else None
+
+    def forward(self, x, t, labels=None):
+        self.check_shapes(x, t, labels)
+        run = self.run
+        temporal_args = () if self.position_bias is None else (self.position_bias(x.shape[2]),)
+        time_embedding = self.time_mlp(sinusoidal_embedding(t, self.config.base_channels))  # b time_dim
+        if self.class_embedding is not None:
+            labels = torch.full_like(t, self.config.classes) if labels is None else labels
+            time_embedding = time_embedding + self.class_embedding(labels)
+
+        x = rearrange(x, "b c f h w -> b f h w c").contiguous()
+        x = by_frames(self.stem, x)                                                         # b f h w base
+        x = stem = run(self.stem_temporal, x, *temporal_args)
+        skips = []
+        for level in self.down:
+            x = level(x, time_embedding, temporal_args, run)                                # b f h w c
+            skips.append(x)
+            x = by_frames(level.resample, x)                                                # b f h/2 w/2 c
+
+        x = run(self.mid_res1, x, time_embedding)
+        x = run(self.mid_spatial, x)
+        x = run(self.mid_temporal, x, *temporal_args)
+        x = run(self.mid_res2, x, time_embedding)
+
+        for level in self.up:
+            x = torch.cat([x, skips.pop()], dim=-1)                                         # b f h w 2c
+            x = level(x, time_embedding, temporal_args, run)                                # b f h w c/2
+            x = by_frames(level.resample, x)                                                # b f 2h 2w c/2
+
+        x = run(self.final_res, torch.cat([x, stem], dim=-1))                               # b f h w base
+        return rearrange(self.final_conv(x), "b f h w c -> b c f h w").contiguous()         # b video_channels f h w
+
+    def run(self, block, *args):
+        return recomputed(block, *args) if self.grad_checkpoint else block(*args)
+
+    def check_shapes(self, x, t, labels):
+        channels, factor = self.config.video_channels, 2 ** (len(self.config.channel_mults) - 1)
+        if x.dim() != 5 or x.shape[1] != channels or 0 in x.shape:
+            raise ValueError(f"video has shape {tuple(x.shape)}; expected (batch, {channels}, frames, height, width)")
+        if x.shape[3] % factor or x.shape[4] % factor:
+            raise ValueError(f"video is {x.shape[3]}x{x.shape[4]}; expected height and width divisible by {factor}")
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one step per video")
+        if labels is not None and (self.class_embedding is None or labels.shape != t.shape):
+            raise ValueError(f"labels have shape {tuple(labels.shape)}; this network of {self.config.classes} classes "
+                             f"expected {tuple(t.shape) if self.config.classes else 'none'}")
+
+
+class Level(nn.Module):
+    """One resolution of the U-Net: two ResNet blocks, spatial linear attention, temporal layer; then `resample`,
+    which the network calls itself, since the skip connection is taken before it.
+
+    resample: the class of the convolution that halves or doubles height and width; None: they stay.
+    """
+
+    def __init__(self, config, c_in, c_out, resample=None):
+        super().__init__()
+        self.res1 = ResNetBlock(c_in, c_out, config.time_dim)
+        self.res2 = ResNetBlock(c_out, c_out, config.time_dim)
+        self.spatial = SpatialLinearAttention(c_out, config.heads)
+        self.temporal = make_temporal_layer(config, c_out)
+        self.resample = resample(c_out, c_out, 4, 2, 1) if resample else nn.Identity()
+
+    def forward(self, x, time_embedding, temporal_args, run):
+        x = run(self.res1, x, time_embedding)
+        x = run(self.res2, x, time_embedding)
+        x = run(self.spatial, x)
+        return run(self.temporal, x, *temporal_args)
+
+
+def sinusoidal_embedding(t, dim):
+    """t: (b,) diffusion steps -> (b, dim), sines then cosines of t at dim/2 frequencies from 1 to 1/10,000."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=t.device))
+    angle = t[:, None].float() * freqs
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+def compile_tails(backend="inductor"):
+    """Compile the functions that hold the elementwise work of all networks; once per process, before their first step.
+
+    (Whole networks, whose chunks unroll, would take many minutes.) A function that cannot be compiled, or comes in more
+    than 64 shapes, raises an error of torch._dynamo: it never falls back to eager execution unnoticed.
+    """
+    import torch._dynamo.config as dynamo
+    for name, value in [("cache_size_limit", 64), ("fail_on_cache_limit_hit", True)]:       # so called by torch 2.5
+        later = name.replace("cache_size", "recompile").replace("cache", "recompile")
+        setattr(dynamo, later if hasattr(dynamo, later) else name, value)
+    this = sys.modules[__name__]
+    for module, name in [(s4d, "ssm_tail"), (this, "norm_act"), (this, "linear_attention")]:
+        setattr(module, name, torch.compile(getattr(module, name), backend=backend, fullgraph=True, dynamic=False))
+
+
+def count_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# ---------------------------------------------------------------------------------------- spatial layers
+
+
+class ResNetBlock(nn.Module):
+    """Two `Block`s and a shortcut; the time embedding (b, time_dim), if any, scales and shifts the first."""
+
+    def __init__(self, c_in, c_out, time_dim=None, groups=8):
+        super().__init__()
+        self.to_scale_shift = nn.Linear(time_dim, 2 * c_out) if time_dim else None
+        self.block1 = Block(c_in, c_out, groups)
+        self.block2 = Block(c_out, c_out, groups)
+        self.shortcut = nn.Linear(c_in, c_out) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, time_embedding=None):
+        scale_shift = ()
+        if self.to_scale_shift is not None:
+            scale_shift = self.to_scale_shift(F.silu(time_embedding)).chunk(2, dim=-1)      # b c_out each
+        return self.block2(self.block1(x, *scale_shift)) + self.shortcut(x)
+
+
+class Block(nn.Module):
+    """1×3×3 convolution, GroupNorm, scale and shift, SiLU."""
+
+    def __init__(self, c_in, c_out, groups=8):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm = nn.GroupNorm(groups, c_out)
+
+    def forward(self, x, scale=None, shift=None):
+        return norm_act(by_frames(self.conv, x), self.norm.weight, self.norm.bias, self.norm.num_groups, scale, shift)
+
+
+def by_frames(conv, x):
+    """A Conv2d of each frame alone, channels last: (b, f, h, w, c) -> (b, f, h', w', c')."""
+    if x.device.type == "cpu" and x.shape[2] * x.shape[3] <= 16 and isinstance(conv, nn.Conv2d):
+        # frames so small as one volume, channels first: oneDNN is up to twice as fast
+        video = rearrange(x, "b f h w c -> b c f h w").contiguous()
+        y = F.conv3d(video, conv.weight[:, :, None], conv.bias, (1, *conv.stride), (0, *conv.padding))
+        return rearrange(y, "b c f h w -> b f h w c").contiguous()
+    frames = x.flatten(0, 1).permute(0, 3, 1, 2)                                            # b·f c h w, a view
+    return conv(frames).permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
+
+
+def norm_act(x, weight, bias, groups, scale=None, shift=None):
+    """SiLU(GroupNorm(x) (scale + 1) + shift); x (b, f, h, w, c), scale, shift (b, c) or None -> x's shape and dtype."""
+    group_norm = native_group_norm if x.device.type == "cpu" else framewise_group_norm
+    return F.silu(group_norm(x, weight, bias, groups, scale, shift).to(x.dtype))
+
+
+def native_group_norm(x, weight, bias, groups, scale=None, shift=None):
+    """For CPUs; on a GPU it would leave all the frames of a group to one block of threads."""
+    y = F.group_norm(x.flatten(1, 2).permute(0, 3, 1, 2), groups, weight, bias)             # b c f·h w
+    y = y.permute(0, 2, 3, 1).reshape(x.shape)
+    return y if scale is None else torch.addcmul(per_video(shift), y, per_video(scale) + 1)
+
+
+def framewise_group_norm(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
+    """The same from sums over each frame, which keep all of a GPU busy; in float32, with no copy of x in float32."""
+    parts, dtype = x.unflatten(-1, (groups, -1)), at_least_float32(weight).dtype            # b f h w g c/g
+    size = math.prod(parts.shape[2:4]) * parts.shape[5]
+    mean = parts.mean((2, 3, 5), dtype=dtype).mean(1)                                       # b g
+    square = torch.linalg.vector_norm(parts, dim=(2, 3, 5), dtype=dtype).square().mean(1) / size
+    gain = ((square - mean.square()).clamp(min=0) + eps).rsqrt()                            # b g
+    mean, gain = (z.repeat_interleave(parts.shape[5], 1) for z in (mean, gain))             # b c
+    gain = gain * weight
+    offset = bias - mean * gain
+    if scale is not None:
+        gain, offset = gain * (scale + 1), offset * (scale + 1) + shift
+    return torch.addcmul(per_video(offset.to(x.dtype)), x, per_video(gain.to(x.dtype)))
+
+
+def per_video(x):
+    """(b, c) -> (b, 1, 1, 1, c)."""
+    return x[:, None, None, None]
+
+
+class SpatialLinearAttention(nn.Module):
+    """Linear attention (Shen et al. 2018) over the positions of each frame, pre-norm, residual."""
+
+    def __init__(self, channels, heads, head_dim=SPATIAL_HEAD_DIM, bias=True):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(channels, bias=False)
+        self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, channels, bias=bias)
+
+    def forward(self, x):
+        frames = rearrange(x, "b f h w c -> (b f) (h w) c")
+        size = min(MAX_SEQUENCES, max(1, chunk_size(x.device) // frames.shape[1]))
+        return in_chunks(self.attend, frames, size=size).view_as(x)
+
+    def attend(self, x):
+        """x: n frames of p positions, (n, p, c) -> (n, p, c)."""
+        out = self.to_out
+        return linear_attention(x, self.norm.weight, self.to_qkv.weight, out.weight, out.bias, self.heads)
+
+
+def linear_attention(x, norm, to_qkv, to_out, bias, heads):
+    """`SpatialLinearAttention` of n frames with p positions, from its weights: x (n, p, c) -> (n, p, c)."""
+    qkv = F.linear(layer_norm(x, norm), to_qkv)
+    q, k, v = (part.unflatten(-1, (heads, -1)) for part in qkv.chunk(3, -1))                # n p heads d
+    with autocast_off(x.device):
+        q, k = q.softmax(-1), k.softmax(1)
+    context = torch.einsum("nphd,nphe->nhde", k, v) * q.shape[-1] ** -0.5
+    if x.shape[1] < x.shape[2]:
+        out = torch.einsum("nphd,nhde->nphe", q, context).flatten(2)                        # n p heads·e
+        return x + F.linear(out, to_out, bias)
+    # with many positions, context and W_out are made one matrix per frame first
+    matrix = torch.einsum("nhde,che->nhdc", context, to_out.unflatten(1, (heads, -1))).flatten(1, 2)
+    return x + torch.baddbmm(bias, q.flatten(2), matrix)
+
+
+class SpatialAttention(SpatialLinearAttention):
+    """Full attention over the positions of each frame, pre-norm, residual, no biases."""
+
+    def __init__(self, channels, heads):
+        super().__init__(channels, heads, bias=False)
+
+    def attend(self, x):
+        q, k, v = (rearrange(part, "n p (heads d) -> n heads p d", heads=self.heads)
+                   for part in self.to_qkv(layer_norm(x, self.norm.weight)).chunk(3, dim=-1))
+        out = F.scaled_dot_product_attention(q, k, v)                                       # n heads p d
+        return x + self.to_out(rearrange(out, "n heads p d -> n p (heads d)"))
+
+
+# ---------------------------------------------------------------------------------------- temporal layers
+
+
+def make_temporal_layer(config, channels):
+    """The temporal layer that config.temporal names: (b, f, ..., channels) -> the same. Raises ValueError."""
     if config.temporal == "ssm":
         return TemporalSSM(channels, config.state_size, config.mlp_dim, config.mlp_layers, config.mlp_position,
                            config.bidirectional, config.skip)
@@ -78,7 +343,66 @@ def make_temporal_layer(config, channels):
     raise ValueError(f"temporal layer is {config.temporal!r}; expected one of {', '.join(TEMPORAL_LAYERS)}")
 
 
-# ---------------------------------------------------------------------------------------- temporal layers
+class TemporalAttention(nn.Module):
+    """Attention over the frames at each position, as in VDM: pre-norm, residual, rotary, relative bias, no biases.
+
+    head_dim: even.
+    impl: "sdpa", PyTorch's fused attention (where it has it: not on a CPU in training, since the bias needs a gradient)
+        on some positions at a time, recomputed in the backward pass: memory is linear in the frames, in training too.
+        (Fused kernels alone would not do: the gradient of the bias is of the size of the logits, (p, heads, f, f), for
+        all the positions that are treated at once.)
+        "math", the formula with all logits kept: the memory that the paper reports, quadratic in the frames.
+    forward: X (b, f, ..., c), bias (heads, f, f) -> the shape of X.
+    """
+
+    def __init__(self, channels, heads, head_dim, impl="sdpa"):
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"head_dim is {head_dim}; expected an even number, since the rotary embedding turns "
+                             "features in pairs")
+        if impl not in ATTENTION_IMPLS:
+            raise ValueError(f"attention_impl is {impl!r}; expected one of {', '.join(ATTENTION_IMPLS)}")
+        self.heads, self.impl = heads, impl
+        self.norm = nn.LayerNorm(channels, bias=False)
+        self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, channels, bias=False)
+        self.register_buffer("rotary_freqs", rotary_frequencies(head_dim), persistent=False)
+
+    def forward(self, X, bias=None):
+        check_frames(X, self.norm)
+        b, f, c = X.shape[0], X.shape[1], X.shape[-1]
+        x = X.reshape(b, f, -1, c).transpose(1, 2).flatten(0, 1)                            # p f c
+        attend = functools.partial(self.attend, bias=bias)
+        if self.impl == "math":
+            x = attend(x)
+        else:
+            x = in_chunks(attend, x, size=min(MAX_SEQUENCES, max(1, chunk_size(x.device) // f)))
+        return X + x.unflatten(0, (b, -1)).transpose(1, 2).reshape(X.shape)
+
+    def attend(self, x, bias):
+        """Everything but the residual; x: (p, f, c) -> (p, f, c)."""
+        q, k, v = (rearrange(part, "p f (heads d) -> p heads f d", heads=self.heads)
+                   for part in self.to_qkv(layer_norm(x, self.norm.weight)).chunk(3, dim=-1))
+        q, k = rotary_embedding(q, self.rotary_freqs), rotary_embedding(k, self.rotary_freqs)
+        out = self.attention(q, k, v, bias)                                                 # p heads f d
+        return self.to_out(rearrange(out, "p heads f d -> p f (heads d)"))
+
+    def attention(self, q, k, v, bias):
+        """q, k, v: (p, heads, f, d) -> (p, heads, f, d)."""
+        if self.impl == "sdpa":
+            # [None]: the CPU's fused kernel takes no mask of three dimensions
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
+        logits = q @ k.mT * q.shape[-1] ** -0.5 + bias                                      # p heads f f
+        return logits.softmax(dim=-1).to(v.dtype) @ v
+
+
+class TemporalLinearAttention(TemporalAttention):
+    """Attention over the frames whose cost is linear in them: softmax of q over features, of k over frames; no bias."""
+
+    def attention(self, q, k, v, bias):
+        q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
+        k = k.softmax(dim=-2)
+        return q @ (k.mT @ v)                                                               # p heads f d
 
 
 def rotary_frequencies(head_dim, theta=10_000, rotary_dim=32):
@@ -124,74 +448,7 @@ class RelativePositionBias(nn.Module):
         return rearrange(self.table(bucket + buckets * (offset > 0)), "i j heads -> heads i j")
 
 
-class TemporalAttention(nn.Module):
-    """Attention over the frames at each position, as in VDM: pre-norm, residual, rotary, relative bias, no biases.
-
-    head_dim: even.
-    impl: "sdpa", PyTorch's fused attention (where it has it: not on a CPU in training, since the bias needs a gradient)
-        on some positions at a time, recomputed in the backward pass: memory is linear in the frames, in training too.
-        (Fused kernels alone would not do: the gradient of the bias is of the size of the logits, (p, heads, f, f), for
-        all the positions that are treated at once.)
-        "math", the formula with all logits kept: the memory that the paper reports, quadratic in the frames.
-    forward: x (b, c, f, h, w), bias (heads, f, f) -> (b, c, f, h, w).
-    """
-
-    def __init__(self, channels, heads, head_dim, impl="sdpa"):
-        super().__init__()
-        if head_dim % 2:
-            raise ValueError(f"head_dim is {head_dim}; expected an even number, since the rotary embedding turns "
-                             "features in pairs")
-        if impl not in ATTENTION_IMPLS:
-            raise ValueError(f"attention_impl is {impl!r}; expected one of {', '.join(ATTENTION_IMPLS)}")
-        self.heads, self.impl = heads, impl
-        self.norm = LayerNorm(channels)
-        self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, channels, bias=False)
-        self.register_buffer("rotary_freqs", rotary_frequencies(head_dim), persistent=False)
-
-    def forward(self, x, bias=None):
-        return x + self.mix(x, bias)
-
-    def mix(self, x, bias=None):
-        """Everything but the residual: (b, c, f, h, w) -> (b, c, f, h, w)."""
-        h, w = x.shape[-2:]
-        x = rearrange(x, "b c f h w -> (b h w) f c")
-        attend = functools.partial(self.attend, bias=bias)
-        if self.impl == "math":
-            out = attend(x)
-        else:
-            size = min(MAX_SEQUENCES, max(1, chunk_size(x.device) // x.shape[1]))
-            out = in_chunks(attend, x, dim=0, size=size)
-        return rearrange(out, "(b h w) f c -> b c f h w", h=h, w=w)
-
-    def attend(self, x, bias):
-        """x: (p, f, c) -> (p, f, c)."""
-        x = self.norm(x.mT).mT
-        q, k, v = (rearrange(part, "p f (heads d) -> p heads f d", heads=self.heads)
-                   for part in self.to_qkv(x).chunk(3, dim=-1))
-        q, k = rotary_embedding(q, self.rotary_freqs), rotary_embedding(k, self.rotary_freqs)
-        out = self.attention(q, k, v, bias)                                                 # p heads f d
-        return self.to_out(rearrange(out, "p heads f d -> p f (heads d)"))
-
-    def attention(self, q, k, v, bias):
-        """q, k, v: (p, heads, f, d) -> (p, heads, f, d)."""
-        if self.impl == "sdpa":
-            # [None]: the CPU's fused kernel takes no mask of three dimensions
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
-        logits = q @ k.mT * q.shape[-1] ** -0.5 + bias                                      # p heads f f
-        return logits.softmax(dim=-1).to(v.dtype) @ v
-
-
-class TemporalLinearAttention(TemporalAttention):
-    """Attention over the frames whose cost is linear in them: softmax of q over features, of k over frames; no bias."""
-
-    def attention(self, q, k, v, bias):
-        q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
-        k = k.softmax(dim=-2)
-        return q @ (k.mT @ v)                                                               # p heads f d
-
-
-class TemporalGSS(TemporalLayer):
+class TemporalGSS(nn.Module):
     """Gated state space (GSS; Mehta et al. 2023) or, bidirectional, BiGS (Wang et al. 2022), on S4D, with a residual:
 
         H = LayerNorm(X)
@@ -199,14 +456,14 @@ class TemporalGSS(TemporalLayer):
         O = W_o (GELU(W_u (F · B)) · GELU(W_s H)) + X                                    inside of width m
 
     channels: c. state_size: N. mlp_dim: m; None: 3c. bidirectional: False leaves B out (GSS), and the layer is causal.
-    forward: X (b, channels, f, ...) -> the same shape.
+    forward: X (b, f, ..., c) -> the same shape.
     """
 
     def __init__(self, channels, state_size=512, mlp_dim=None, bidirectional=True):
         super().__init__()
         hidden = mlp_dim or 3 * channels
-        self.norm = LayerNorm(channels)
         reverses = [False, True] if bidirectional else [False]
+        self.norm = nn.LayerNorm(channels, bias=False)
         self.before = nn.ModuleList(nn.Linear(channels, channels) for _ in reverses)             # V
         self.directions = nn.ModuleList(DiagonalSSM(channels, state_size, reverse) for reverse in reverses)
         self.after = nn.ModuleList(nn.Linear(channels, channels) for _ in reverses)              # W
@@ -214,23 +471,22 @@ class TemporalGSS(TemporalLayer):
         self.up = nn.Linear(channels, hidden)                                                    # W_u
         self.out = nn.Linear(hidden, channels)                                                   # W_o
 
-    def inputs(self, X):
-        H = self.norm(X[None])[0]
-        return torch.cat([F.gelu(linear(H, layer)) for layer in self.before])
+    def forward(self, X):
+        check_frames(X, self.norm)
+        us = by_rows(self.inputs, X).chunk(len(self.directions), -1)
+        return by_rows(self.output, X, *(ssm(u) for ssm, u in zip(self.directions, us)))
 
-    def over_time(self, u, toeplitz):
-        return [y for part, ssm in zip(u.chunk(len(self.directions)), self.directions)
-                for y in convolve(part, [ssm], toeplitz)]
+    def inputs(self, X):
+        H = layer_norm(X, self.norm.weight)
+        return torch.cat([F.gelu(V(H)) for V in self.before], -1)
 
     def output(self, X, *ys):
-        product = linear(ys[0], self.after[0])
-        if len(ys) == 2:
-            product = product * linear(ys[1], self.after[1])                                     # F · B
-        shortcut = F.gelu(linear(self.norm(X[None])[0], self.shortcut))
-        return linear(F.gelu(linear(product, self.up)) * shortcut, self.out)
+        product = math.prod(W(y) for W, y in zip(self.after, ys))                                # F · B
+        shortcut = F.gelu(self.shortcut(layer_norm(X, self.norm.weight)))
+        return self.out(F.gelu(self.up(product)) * shortcut) + X
 
 
-class TemporalMamba(TemporalLayer):
+class TemporalMamba(nn.Module):
     """Mamba (Gu & Dao 2023) or, bidirectional, Bi-Mamba (Zhu et al. 2024), with a residual:
 
         H = LayerNorm(X)
@@ -243,276 +499,48 @@ class TemporalMamba(TemporalLayer):
     mlp_dim:       hidden width of an MLP, Linear, SiLU, Linear, in the place of W_out; None: without.
     bidirectional: False leaves B out, and the layer is causal.
     ssm:           "s4d", as in the paper, or "s6", Mamba's own.
-    forward: X (b, channels, f, ...) -> the same shape. Raises ValueError for another ssm.
+    forward: X (b, f, ..., c) -> the same shape. Raises ValueError for another ssm.
     """
 
     def __init__(self, channels, state_size=512, mlp_dim=None, bidirectional=True, ssm="s4d"):
         super().__init__()
         if ssm not in SSMS:
             raise ValueError(f"ssm is {ssm!r}; expected one of {', '.join(SSMS)}")
-        self.width, self.ssm = 2 * channels, ssm
-        reverses = [False, True] if bidirectional else [False]
-        self.norm = LayerNorm(channels)
-        self.to_input = nn.Linear(channels, self.width)
-        self.to_gate = nn.Linear(channels, self.width)
-        self.convs = nn.ModuleList(nn.Conv1d(self.width, self.width, 4, groups=self.width) for _ in reverses)
-        if ssm == "s6":
-            directions = [S6(self.width, state_size, math.ceil(channels / 16), reverse) for reverse in reverses]
-        else:
-            directions = [DiagonalSSM(self.width, state_size, reverse) for reverse in reverses]
-        self.directions = nn.ModuleList(directions)
-        widths = [self.width, mlp_dim, channels] if mlp_dim else [self.width, channels]
+        width, reverses = 2 * channels, [False, True] if bidirectional else [False]
+        self.norm = nn.LayerNorm(channels, bias=False)
+        self.to_input = nn.Linear(channels, width)
+        self.to_gate = nn.Linear(channels, width)
+        self.convs = nn.ModuleList(nn.Conv1d(width, width, 4, groups=width) for _ in reverses)
+        self.directions = nn.ModuleList(
+            S6(width, state_size, math.ceil(channels / 16), reverse) if ssm == "s6" else
+            DiagonalSSM(width, state_size, reverse) for reverse in reverses)
+        widths = [width, mlp_dim, channels] if mlp_dim else [width, channels]
         self.out = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:]))
 
+    def forward(self, X):
+        check_frames(X, self.norm)
+        A = by_rows(self.inputs, X)
+        ys = (ssm(F.silu(short_conv(A, conv, ssm.reverse))) for conv, ssm in zip(self.convs, self.directions))
+        return by_rows(self.output, X, *ys)
+
     def inputs(self, X):
-        return linear(self.norm(X[None])[0], self.to_input)
-
-    def over_time(self, u, toeplitz):
-        ys = []
-        for conv, ssm in zip(self.convs, self.directions):
-            v = F.silu(self.short_conv(u, conv, ssm.reverse, toeplitz))
-            if self.ssm == "s4d":
-                ys += convolve(v, [ssm], toeplitz)
-            else:
-                ys.append(ssm(v.mT).mT if toeplitz else ssm(v))                                  # it takes frames last
-        return ys
-
-    def short_conv(self, u, conv, reverse, toeplitz):
-        """y_k = Σ_j w_j u_{k-3+j}, or backward in time, y_k = Σ_j w_j u_{k+3-j}; u as in `over_time` -> the same."""
-        weight = conv.weight.flip(2) if reverse else conv.weight                                 # 2c 1 4
-        past = weight.shape[2] - 1
-        # padded on both sides: of the outcome, the first f frames look back and the last f ahead
-        if toeplitz:
-            y = F.conv2d(u[None], weight[..., None], conv.bias, padding=(past, 0), groups=self.width)[0]
-            return y[:, past:] if reverse else y[:, :-past]
-        y = F.conv2d(u[None], weight[:, :, None], conv.bias, padding=(0, past), groups=self.width)[0]
-        return y[..., past:] if reverse else y[..., :-past]
+        return self.to_input(layer_norm(X, self.norm.weight))
 
     def output(self, X, *ys):
-        gate = F.silu(linear(self.norm(X[None])[0], self.to_gate))
-        out = linear(sum(ys) * gate, self.out[0])
-        return linear(F.silu(out), self.out[1]) if len(self.out) == 2 else out
+        gate = F.silu(self.to_gate(layer_norm(X, self.norm.weight)))
+        out = self.out[0](sum(ys) * gate)
+        return (self.out[1](F.silu(out)) if len(self.out) == 2 else out) + X
 
 
-# ---------------------------------------------------------------------------------------- spatial layers
-
-
-class Block(nn.Module):
-    """1×3×3 convolution, GroupNorm, scale and shift, SiLU."""
-
-    def __init__(self, c_in, c_out, groups=8):
-        super().__init__()
-        self.conv = nn.Conv3d(c_in, c_out, (1, 3, 3), padding=(0, 1, 1))
-        self.norm = nn.GroupNorm(groups, c_out)
-
-    def forward(self, x, scale_shift=None):
-        x = self.norm(self.conv(x))
-        if scale_shift is not None:
-            scale, shift = scale_shift
-            x = torch.addcmul(shift, x, scale + 1)
-        return F.silu(x)
-
-
-class ResNetBlock(nn.Module):
-    """Two `Block`s and a shortcut; the time embedding (b, time_dim), if any, scales and shifts the first."""
-
-    def __init__(self, c_in, c_out, time_dim=None, groups=8):
-        super().__init__()
-        self.to_scale_shift = nn.Linear(time_dim, 2 * c_out) if time_dim else None
-        self.block1 = Block(c_in, c_out, groups)
-        self.block2 = Block(c_out, c_out, groups)
-        self.shortcut = nn.Conv3d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x, time_embedding=None):
-        scale_shift = None
-        if self.to_scale_shift is not None:
-            scale_shift = rearrange(self.to_scale_shift(F.silu(time_embedding)), "b c -> b c 1 1 1").chunk(2, dim=1)
-        return self.block2(self.block1(x, scale_shift)) + self.shortcut(x)
-
-
-class SpatialLinearAttention(nn.Module):
-    """Linear attention (Shen et al. 2018) over the positions of each frame, pre-norm, residual."""
-
-    def __init__(self, channels, heads, head_dim=SPATIAL_HEAD_DIM):
-        super().__init__()
-        self.heads = heads
-        self.norm = LayerNorm(channels)
-        self.to_qkv = nn.Conv3d(channels, 3 * heads * head_dim, 1, bias=False)
-        self.to_out = nn.Conv3d(heads * head_dim, channels, 1)
-
-    def forward(self, x):
-        return x + self.mix(x)
-
-    def mix(self, x):
-        """Everything but the residual: (b, c, f, h, w) -> the same, a few frames at a time (`in_chunks`)."""
-        b, c, f, h, w = x.shape
-        frames = x.transpose(0, 1).reshape(c, b * f, h * w)                                 # a view when b = 1
-        out = in_chunks(self.attend, frames, dim=1, size=max(1, chunk_size(x.device) // (h * w)))
-        return out.view(c, b, f, h, w).transpose(0, 1)
-
-    def attend(self, x):
-        """x: n frames of p positions, (c, n, p) -> (c, n, p)."""
-        c, n, p = x.shape
-        qkv = self.to_qkv.weight.flatten(1) @ self.norm(x.flatten(1)[None])[0]
-        # apart before they are rearranged: the gradients are then put together in one copy, not two
-        q, k, v = (rearrange(part, "(heads d) (n p) -> n heads d p", heads=self.heads, n=n) for part in qkv.chunk(3))
-        q = q.softmax(dim=-2) * q.shape[-2] ** -0.5
-        k = k.softmax(dim=-1)
-        out = (k @ v.mT).mT @ q                                                             # n heads e p
-        out = rearrange(out, "n heads e p -> (heads e) (n p)")
-        return torch.addmm(self.to_out.bias[:, None], self.to_out.weight.flatten(1), out).view(c, n, p)
-
-
-class SpatialAttention(nn.Module):
-    """Full attention over the positions of each frame, pre-norm, residual, no biases."""
-
-    def __init__(self, channels, heads, head_dim=SPATIAL_HEAD_DIM):
-        super().__init__()
-        self.heads = heads
-        self.norm = LayerNorm(channels)
-        self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, channels, bias=False)
-
-    def forward(self, x):
-        h, w = x.shape[-2:]
-        tokens = rearrange(self.norm(x), "b c f h w -> (b f) (h w) c")
-        q, k, v = (rearrange(part, "n p (heads d) -> n heads p d", heads=self.heads)
-                   for part in self.to_qkv(tokens).chunk(3, dim=-1))
-        out = F.scaled_dot_product_attention(q, k, v)                                       # (b f) heads p d
-        out = self.to_out(rearrange(out, "n heads p d -> n p (heads d)"))
-        return x + rearrange(out, "(b f) (h w) c -> b c f h w", b=len(x), h=h, w=w)
-
-
-# ---------------------------------------------------------------------------------------- the network
-
-
-def sinusoidal_embedding(t, dim):
-    """t: (b,) diffusion steps -> (b, dim), sines then cosines of t at dim/2 frequencies from 1 to 1/10,000."""
-    half = dim // 2
-    freqs = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=t.device))
-    angle = t[:, None].float() * freqs
-    return torch.cat([angle.sin(), angle.cos()], -1)
-
-
-class Level(nn.Module):
-    """One resolution of the U-Net: two ResNet blocks, spatial linear attention, temporal layer; then `resample`,
-    which the network calls itself, since the skip connection is taken before it."""
-
-    def __init__(self, config, c_in, c_out, resample):
-        super().__init__()
-        self.res1 = ResNetBlock(c_in, c_out, config.time_dim)
-        self.res2 = ResNetBlock(c_out, c_out, config.time_dim)
-        self.spatial = SpatialLinearAttention(c_out, config.heads)
-        self.temporal = make_temporal_layer(config, c_out)
-        self.resample = resample
-
-    def forward(self, x, time_embedding, temporal_args, run):
-        x = run(self.res1, x, time_embedding)
-        x = run(self.res2, x, time_embedding)
-        x = run(self.spatial, x)
-        return run(self.temporal, x, *temporal_args)
-
-
-class UNet3D(nn.Module):
-    """The denoising network ε_θ(x_t, t).
-
-    config: UNetConfig. grad_checkpoint: recompute every block in the backward pass instead of keeping its activations.
-
-    forward: x (b, c, f, h, w) float, t (b,) int -> (b, c, f, h, w). Any f >= 1; h and w divisible by 2^(levels - 1).
-        labels (b,) int, 0 .. classes: of a network with classes; None: of no class.
-    Raises ValueError for other shapes.
-    """
-
-    def __init__(self, config, grad_checkpoint=False):
-        super().__init__()
-        self.config, self.grad_checkpoint = config, grad_checkpoint
-        base = config.base_channels
-        widths = [base * m for m in config.channel_mults]
-        pairs = list(zip([base] + widths[:-1], widths))
-        levels = len(pairs)
-
-        self.time_mlp = nn.Sequential(nn.Linear(base, config.time_dim), nn.GELU(),
-                                      nn.Linear(config.time_dim, config.time_dim))
-        # one table for all attention layers, and none elsewhere: a parameter without gradient would stop DDP
-        self.position_bias = RelativePositionBias(config.heads) if config.temporal == "attention" else None
-
-        self.stem = nn.Conv3d(config.video_channels, base, (1, 7, 7), padding=(0, 3, 3))
-        self.stem_temporal = make_temporal_layer(config, base)
-
-        self.down = nn.ModuleList()
-        for i, (c_in, c_out) in enumerate(pairs):
-            last = i == levels - 1
-            resample = nn.Identity() if last else nn.Conv3d(c_out, c_out, (1, 4, 4), (1, 2, 2), (0, 1, 1))
-            self.down.append(Level(config, c_in, c_out, resample))
-
-        self.mid_res1 = ResNetBlock(widths[-1], widths[-1], config.time_dim)
-        self.mid_spatial = SpatialAttention(widths[-1], config.heads)
-        self.mid_temporal = make_temporal_layer(config, widths[-1])
-        self.mid_res2 = ResNetBlock(widths[-1], widths[-1], config.time_dim)
-
-        self.up = nn.ModuleList()
-        for i, (c_out, c_in) in enumerate(reversed(pairs)):
-            last = i == levels - 1
-            resample = nn.Identity() if last else nn.ConvTranspose3d(c_out, c_out, (1, 4, 4), (1, 2, 2), (0, 1, 1))
-            self.up.append(Level(config, 2 * c_in, c_out, resample))
-
-        self.final_res = ResNetBlock(2 * base, base)
-        self.final_conv = nn.Conv3d(base, config.video_channels, 1)
-        # last, so that the other first weights are those of a network without classes
-        self.class_embedding = nn.Embedding(config.classes + 1, config.time_dim) if config.classes else None
-
-    def forward(self, x, t, labels=None):
-        self.check_shapes(x, t, labels)
-        run = self.run
-        temporal_args = () if self.position_bias is None else (self.position_bias(x.shape[2]),)
-        time_embedding = self.time_mlp(sinusoidal_embedding(t, self.config.base_channels))  # b time_dim
-        if self.class_embedding is not None:
-            labels = torch.full_like(t, self.config.classes) if labels is None else labels
-            time_embedding = time_embedding + self.class_embedding(labels)
-
-        x = self.stem(x)                                                                    # b base f h w
-        x = stem = run(self.stem_temporal, x, *temporal_args)
-        skips = []
-        for level in self.down:
-            x = level(x, time_embedding, temporal_args, run)                                # b c f h w
-            skips.append(x)
-            x = level.resample(x)                                                           # b c f h/2 w/2
-
-        x = run(self.mid_res1, x, time_embedding)
-        x = run(self.mid_spatial, x)
-        x = run(self.mid_temporal, x, *temporal_args)
-        x = run(self.mid_res2, x, time_embedding)
-
-        for level in self.up:
-            x = torch.cat([x, skips.pop()], dim=1)                                          # b 2c f h w
-            x = level(x, time_embedding, temporal_args, run)                                # b c/2 f h w
-            x = level.resample(x)                                                           # b c/2 f 2h 2w
-
-        x = run(self.final_res, torch.cat([x, stem], dim=1))                                # b base f h w
-        return self.final_conv(x)                                                           # b video_channels f h w
-
-    def run(self, block, *args):
-        if self.grad_checkpoint and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
-        return block(*args)
-
-    def check_shapes(self, x, t, labels):
-        channels, levels = self.config.video_channels, len(self.config.channel_mults)
-        factor = 2 ** (levels - 1)
-        if x.dim() != 5 or x.shape[1] != channels or 0 in x.shape:
-            raise ValueError(f"video has shape {tuple(x.shape)}; expected (batch, {channels}, frames, height, width)")
-        if x.shape[3] % factor or x.shape[4] % factor:
-            raise ValueError(f"video is {x.shape[3]}x{x.shape[4]}; a network of {levels} levels needs height and width "
-                             f"divisible by {factor}")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one step per video")
-        if labels is not None and (self.class_embedding is None or labels.shape != t.shape):
-            raise ValueError(f"labels have shape {tuple(labels.shape)}; this network of {self.config.classes} classes "
-                             f"expected {tuple(t.shape) if self.config.classes else 'none'}")
-
-
-def count_parameters(module):
-    return sum(p.numel() for p in module.parameters())
+def short_conv(u, conv, reverse):
+    """y_k = Σ_j w_j u_{k-3+j}, or backward in time, Σ_j w_j u_{k+3-j}; conv: Conv1d, u: (b, f, ..., c)."""
+    weight = conv.weight.flip(2) if reverse else conv.weight                                     # c 1 4
+    past = weight.shape[2] - 1
+    x = u.reshape(*u.shape[:2], -1, u.shape[-1]).permute(0, 3, 1, 2)                             # b c f p, a view
+    # padded on both sides: of the outcome, the first f frames look back and the last f ahead
+    y = F.conv2d(x, weight[..., None], conv.bias, padding=(past, 0), groups=len(weight))
+    y = y[:, :, past:] if reverse else y[:, :, :-past]
+    return y.permute(0, 2, 3, 1).reshape(u.shape)
 
 
 if __name__ == "__main__":

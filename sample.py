@@ -35,6 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 from PIL import Image
 from tqdm import tqdm
 
@@ -43,8 +44,8 @@ from command import (Parser, UserError, agree, autocast, barrier, choose_device,
                      whole_file, zero_to_one)
 from data import DataError, read_whole_videos, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance
-from model import UNet3D, UNetConfig
-from s4d import kernels_once
+from model import UNet3D, UNetConfig, compile_tails
+from s4d import S6, kernels_once
 
 
 def draw(net, sample, shape, generators, labels=None, guidance=1.0, known=None, blocks=None):
@@ -110,6 +111,43 @@ def load_network(ckpt, weights="ema", device="cpu"):
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint does not fit this network: {gist(error)}") from None
     return net.to(device).eval().requires_grad_(False)
+
+
+def cast_weights(net):
+    """Turn the weights of linear layers and convolutions into bf16, in place: autocast, which remembers its casts of
+    weights in training only, would do the same anew in every call."""
+    for module in net.modules():
+        for child in module.children():
+            if isinstance(child, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)) and not isinstance(module, S6):
+                child.to(torch.bfloat16)
+
+
+def cuda_graphs(net):
+    """A network (x_t, t, labels) -> output that replays a CUDA graph of `net`, captured at the first call of each
+    shape; where gradients are asked for it is `net` itself. To be used while weights and S4D kernels stay."""
+    captured = {}
+
+    def replay(x, t, labels=None):
+        if torch.is_grad_enabled():
+            return net(x, t, labels)
+        if x.shape not in captured:
+            inputs = [x.clone(), t.clone(), *([] if labels is None else [labels.clone()])]
+            with torch.cuda.stream(torch.cuda.Stream()):  # PyTorch wants the warm-up on a stream of its own
+                for _ in range(3):
+                    net(*inputs)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = net(*inputs)
+            captured[x.shape] = graph, inputs, output
+        graph, inputs, output = captured[x.shape]
+        for static, new in zip(inputs, (x, t, labels)):
+            static.copy_(new)
+        graph.replay()
+        return output.clone()
+
+    replay.config = net.config
+    return replay
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -324,11 +362,14 @@ def main():
     batch_size = min(args.batch_size, math.ceil(args.num / world_size))
     batches = [range(first, min(first + batch_size, args.num)) for first in range(0, args.num, batch_size)]
     mine = [batch for batch in batches[rank::world_size] if not all(part(parts, i).exists() for i in batch)]
+    kernels = kernels_once(net, window)
+    if choose_precision(device, args.precision) == "bf16":
+        cast_weights(net)
     if args.compile:
-        # fixed shapes: the last batch, if smaller, is compiled too
-        net = torch.compile(net, dynamic=False, mode="reduce-overhead" if device.type == "cuda" else None)
+        compile_tails()
+        net = cuda_graphs(net) if device.type == "cuda" else net
     bar = tqdm(total=len(mine) * len(blocks) * steps, unit="step", disable=True if rank else None)
-    with bar, autocast(device, args.precision), kernels_once(net, window):
+    with bar, autocast(device, args.precision), kernels:
         def progress(times):
             for time in times:
                 yield time

@@ -45,7 +45,7 @@ from command import (LiveMemory, Parser, UserError, agree, autocast, barrier, ch
                      positive_int, processes, run, say, whole_file, zero_to_one)
 from data import DataError, MazeVideos, batches, class_names, open_videos, to_float
 from diffusion import PREDICTIONS, Diffusion, label_dropped, sample_generators, training_noise
-from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters
+from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails, count_parameters
 from s4d import kernels_once
 from sample import draw, load_checkpoint, save_gif
 
@@ -76,7 +76,7 @@ TAKES = {"ssm": {"state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidire
 # What may differ when a run is resumed: none of it shapes the network or the data.
 MAY_CHANGE = {"preset", "steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision",
               "compile", "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips",
-              "grid_samples", "attention_impl", "fvd_every", "fvd_videos", "i3d"}
+              "grid_samples", "attention_impl", "fvd_every", "fvd_videos", "i3d", "deterministic"}
 
 LABEL_DROPOUT = 0.1  # share of the labels that training hides, so that the network learns to do without, too
 
@@ -86,6 +86,7 @@ def train(args):
     rank, _, world_size = processes()
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     net = UNet3D(unet_config(args), args.grad_checkpoint)
     say(describe(args, net, device))
     join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo: to stop without waiting for a GPU
@@ -107,10 +108,11 @@ def train(args):
     tensorboard = start_log(args, config, first_step) if rank == 0 else None
 
     # ---- compile and DDP; this process's share of every batch
-    forward = torch.compile(net, dynamic=False) if args.compile else net
+    if args.compile:
+        compile_tails()
+    forward = net
     if world_size > 1:
-        torch._dynamo.config.optimize_ddp = False  # DDP's own splitting of compiled graphs knows no checkpoints
-        forward = DistributedDataParallel(forward, [device] if device.type == "cuda" else None)
+        forward = DistributedDataParallel(net, [device] if device.type == "cuda" else None)
     parameters, ema_parameters = list(net.parameters()), list(ema.parameters())
     share = args.batch_size // world_size
     indices = range(rank * share, (rank + 1) * share)
@@ -505,7 +507,8 @@ def make_parser():
     group = parser.add_argument_group("speed and memory")
     add("--device", None, "cpu, cuda, mps (the best there is)")
     add("--precision", "auto", "bf16 autocast or float32; auto: bf16 if native", choices=("auto", "bf16", "float32"))
-    add("--compile", False, "torch.compile the network", action="store_true")
+    add("--compile", False, "torch.compile the elementwise work, for GPUs", action="store_true")
+    add("--deterministic", False, "the same bits on every run on a GPU, too; slower", action="store_true")
     add("--grad-checkpoint", False, "less memory: recompute blocks in the backward pass", action="store_true")
 
     group = parser.add_argument_group("output")
