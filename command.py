@@ -36,13 +36,13 @@ def run(name, main, *told):
             dist.destroy_process_group()
         sys.exit(status)
     except KeyboardInterrupt:
-        message = "interrupted; the same command resumes"
+        message = "interrupted; run the same command again"
     except (UserError, *told) as error:
         # the first process of each machine says it for all
         message = str(error) if processes()[1] == 0 else None
     except (OSError, MemoryError, RuntimeError) as error:
         if re.search("Connection (reset|closed) by peer", str(error)):
-            message = "another process of this run has ended; the same command resumes"
+            message = "another process of this run has ended; run the same command again"
         elif isinstance(error, OSError):
             message = str(error)
         elif out_of_memory(error):

@@ -485,8 +485,9 @@ class MazeVideos:
     splits = ("train", "test")
 
     def __init__(self, frames, size, split="train"):
-        if frames < 1 or size < 8:
-            raise DataError(f"--frames {frames} --size {size}: mazes have 1 frame or more, of 8x8 pixels or more")
+        if frames < 1 or size < 8 or frames * size**2 > 2**34:
+            raise DataError(f"--frames {frames} --size {size}: mazes have 1 frame or more, of 8x8 pixels or more, and "
+                            "at most 2^34 pixels in a clip")
         self.frames, self.size, self.split = frames, size, split
 
     def clip_and_label(self, *key):

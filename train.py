@@ -246,14 +246,14 @@ def draw_samples(net, diffusion, args, count):
     i has the class i mod their number."""
     rank, _, world_size = processes()
     mine, share, device = range(rank, count, world_size), args.batch_size // world_size, torch.device(diffusion.device)
-    drawn = {}
+    progress = functools.partial(tqdm, desc="sampling", leave=False, disable=True if rank else None)
+    sample, drawn = functools.partial(diffusion.sample, progress=progress), {}
     with autocast(device, args.precision), kernels_once(net, args.frames):
-        for first in tqdm(range(0, len(mine), share), desc="sampling", leave=False, disable=True if rank else None):
+        for first in range(0, len(mine), share):
             indices = mine[first:first + share]
             labels = torch.tensor([i % len(args.classes) for i in indices], device=device) if args.classes else None
             generators = sample_generators(args.seed, indices, device)
-            shape = 3, args.frames, args.size, args.size
-            drawn |= zip(indices, draw(net, diffusion.sample, shape, generators, labels))
+            drawn |= zip(indices, draw(net, sample, (3, args.frames, args.size, args.size), generators, labels))
     everyone = {i: video for part in gather(drawn) for i, video in part.items()}
     return np.stack([everyone[i] for i in range(count)])
 
