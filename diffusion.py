@@ -131,7 +131,7 @@ class Diffusion:
         return x_s + sigma * randn_each(shape, generators) if sigma > 0 else x_s
 
     def denoise_given(self, net, x_t, t, x_a, given, weight):
-        """`denoise` of videos x_t (b, c, f, ...) whose frames `given` (f,), a bool each, are those of x_a (b, c, f, ...)
+        """`denoise` of videos x_t (b, c, f, ...) whose frames `given` (f,), bools, are those of x_a (b, c, f, ...)
         -> (b, c, f, ...), not clipped. weight: w_r of reconstruction guidance; 0: the network's x̂^b as it is."""
         if weight == 0:
             x_0 = self.denoise(net, x_t, t)

@@ -32,6 +32,7 @@ SSMS = ("s4d", "s6")
 ATTENTION_IMPLS = ("sdpa", "math")
 SPATIAL_HEAD_DIM = 32
 MAX_SEQUENCES = 2 ** 15  # per call of attention: its fused CUDA kernels fail beyond 65,535
+MAX_LOGITS = 2 ** 29  # of temporal attention at once: the gradient of its bias exists for each of them
 
 
 @dataclass
@@ -243,7 +244,8 @@ def by_frames(conv, x):
 def norm_act(x, weight, bias, groups, scale=None, shift=None):
     """SiLU(GroupNorm(x) (scale + 1) + shift); x (b, f, h, w, c), scale, shift (b, c) or None -> x's shape and dtype."""
     group_norm = native_group_norm if x.device.type == "cpu" else framewise_group_norm
-    return F.silu(group_norm(x, weight, bias, groups, scale, shift).to(x.dtype))
+    with autocast_off(x.device):
+        return F.silu(group_norm(x, weight, bias, groups, scale, shift).to(x.dtype))
 
 
 def native_group_norm(x, weight, bias, groups, scale=None, shift=None):
@@ -259,10 +261,10 @@ def framewise_group_norm(x, weight, bias, groups, scale=None, shift=None, eps=1e
     size = math.prod(parts.shape[2:4]) * parts.shape[5]
     mean = parts.mean((2, 3, 5), dtype=dtype).mean(1)                                       # b g
     square = torch.linalg.vector_norm(parts, dim=(2, 3, 5), dtype=dtype).square().mean(1) / size
-    gain = ((square - mean.square()).clamp(min=0) + eps).rsqrt()                            # b g
+    gain = ((square - mean.square()).clamp(min=0) + eps).rsqrt()                            # 1/σ, σ² = E x² - (E x)²
     mean, gain = (z.repeat_interleave(parts.shape[5], 1) for z in (mean, gain))             # b c
     gain = gain * weight
-    offset = bias - mean * gain
+    offset = bias - mean * gain                             # GroupNorm(x) = x · gain + offset
     if scale is not None:
         gain, offset = gain * (scale + 1), offset * (scale + 1) + shift
     return torch.addcmul(per_video(offset.to(x.dtype)), x, per_video(gain.to(x.dtype)))
@@ -376,7 +378,8 @@ class TemporalAttention(nn.Module):
         if self.impl == "math":
             x = attend(x)
         else:
-            x = in_chunks(attend, x, size=min(MAX_SEQUENCES, max(1, chunk_size(x.device) // f)))
+            size = min(MAX_SEQUENCES, chunk_size(x.device) // f, MAX_LOGITS // (self.heads * f * f))
+            x = in_chunks(attend, x, size=max(1, size))
         return X + x.unflatten(0, (b, -1)).transpose(1, 2).reshape(X.shape)
 
     def attend(self, x, bias):

@@ -264,8 +264,8 @@ def kernels_once(net, L):
 def choose_toeplitz(L, positions, device):
     """Whether `toeplitz_conv` is to be used for videos of L frames with so many positions, or `fft_conv`.
 
-    On a GPU, whose matrix units make it cheap: up to 1,024 frames; on a CPU no more than positions either. The choice does
-    not rest on the batch: a video comes out the same whatever else is in it.
+    On a GPU, whose matrix units make it cheap: up to 1,024 frames; on a CPU no more than positions either. Never by the
+    batch: a video comes out the same whatever else is in it.
     """
     return L <= (min(positions, 1024) if device.type == "cpu" else 1024)
 
@@ -317,7 +317,7 @@ class S6(nn.Module):
         Δ = softplus(dt_proj(dt_rank numbers linear in u)),  B, C linear in u        Δ: one per channel and frame
         h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k u_k,   y_k = C_k h_k + D u_k,   A = -exp(A_log)
 
-    d: channels. state_size: N. dt_rank: through how many numbers Δ is made. dt_min, dt_max: as for `S4DKernel`.
+    d: channels. state_size: N. dt_rank: through how many numbers Δ is made. dt_min, dt_max: see `S4DKernel`.
     forward: u (b, L, ..., d) -> the same shape. By the kernel of the package mamba-ssm, if installed, for u on CUDA;
     else by a loop over the frames, in chunks: the states of all positions, N times u, never exist at once.
     """
@@ -382,7 +382,7 @@ def fused_selective_scan():
 class Recurrence(torch.autograd.Function):
     """h_k = a_k h_{k-1} + b_k, with h_{-1} = 0, along the first axis; a, b, h: (L, ...).
 
-    A loop over the frames, in place: on a CPU it takes half the time of the loop by autograd's own operations, and a tenth
+    A loop over the frames, in place: on a CPU it takes half the time of a loop of autograd's own operations, and a tenth
     of that of a parallel scan, which writes all frames in each of its log2(L) steps.
     """
 

@@ -71,8 +71,12 @@ def channels_last(video):
     return video.permute(0, 2, 3, 4, 1).contiguous()
 
 
-SSM_NAMES = [("s4d_rev.", "directions.1."), ("s4d.", "directions.0."), ("output_linear.0", "output_linear"),
-             ("fc1", "mlp.0"), ("fc2", "mlp.1")]
+DIRECTIONS = [("s4d_rev.", "directions.1."), ("s4d.", "directions.0.")]
+SSM_NAMES = [*DIRECTIONS, ("output_linear.0", "output_linear"), ("fc1", "mlp.0"), ("fc2", "mlp.1")]
+GSS_NAMES = [*DIRECTIONS, ("fc_shortcut", "shortcut"), ("fc_rev1", "before.1"), ("fc_rev2", "after.1"),
+             ("fc1", "before.0"), ("fc2", "after.0"), ("fc3", "up"), ("fc_out", "out")]
+MAMBA_NAMES = [*DIRECTIONS, ("conv_rev", "convs.1"), ("conv.", "convs.0."), ("fc_out_1", "out.0"),
+               ("fc_out_2", "out.1"), ("fc_out", "out.0")]
 RESNET_NAMES = [("mlp.1", "to_scale_shift"), (".proj", ".conv"), ("res_conv", "shortcut")]
 LEVEL_NAMES = dict(zip("01234", ("res1", "res2", "spatial", "temporal", "resample")))
 
@@ -104,11 +108,9 @@ def no_norm(monkeypatch):
         monkeypatch.setattr(module, "layer_norm", lambda x, gain: x)
 
 
-GSS_NAMES = [("s4d_rev.", "directions.1."), ("s4d.", "directions.0."), ("fc_shortcut", "shortcut"),
-             ("fc_rev1", "before.1"), ("fc_rev2", "after.1"), ("fc1", "before.0"), ("fc2", "after.0"), ("fc3", "up"),
-             ("fc_out", "out")]
-MAMBA_NAMES = [("s4d_rev.", "directions.1."), ("s4d.", "directions.0."), ("conv_rev", "convs.1"), ("conv.", "convs.0."),
-               ("fc_out_1", "out.0"), ("fc_out_2", "out.1"), ("fc_out", "out.0")]
+def use_chunks_of(rows, monkeypatch):
+    for module in (s4d, model):
+        monkeypatch.setattr(module, "chunk_size", lambda device: rows)
 
 
 @pytest.mark.parametrize("tag, layer, names, settings", [
@@ -121,7 +123,9 @@ MAMBA_NAMES = [("s4d_rev.", "directions.1."), ("s4d.", "directions.0."), ("conv_
     ("mamba", model.TemporalMamba, MAMBA_NAMES, {"bidirectional": False}),
     ("bimamba", model.TemporalMamba, MAMBA_NAMES, {}),
     ("bimamba_mlp_dim", model.TemporalMamba, MAMBA_NAMES, {"mlp_dim": 12})])
-def test_reference_ssms(tag, layer, names, settings, no_norm):
+@pytest.mark.parametrize("rows", [7, 4096])
+def test_reference_ssms(tag, layer, names, settings, rows, no_norm, monkeypatch):
+    use_chunks_of(rows, monkeypatch)
     archive = np.load(REFERENCE / "layers.npz")
     mlp = {"mlp_dim": 12} if layer is TemporalSSM else {}
     layer = layer(8, state_size=16, **mlp | settings)
@@ -251,11 +255,15 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-def test_the_vandermonde_tensor_is_never_made():
-    kernel = S4DKernel(4, state_size=64)
+def test_neither_the_vandermonde_tensor_nor_the_states_of_s6_exist_whole():
+    kernel, s6 = S4DKernel(4, state_size=64), s4d.S6(64, dt_rank=1)
     with LargestTensor() as largest:
         kernel(400).sum().backward()
     assert largest.numel < 4 * 32 * 400 / 4
+    u = torch.randn(64, 64, 64, requires_grad=True)
+    with LargestTensor() as largest:
+        s6(u).square().sum().backward()
+    assert largest.numel <= 2 ** 19 < u.numel() * 16 / 7
 
 
 @pytest.mark.parametrize("frames", [16, 200, 400])
@@ -273,11 +281,6 @@ def test_bfloat16_autocast(frames, positions):
 
 ABLATIONS = [{}, {"mlp_layers": 0}, {"mlp_layers": 1}, {"mlp_position": "pre"}, {"skip": "norm"},
              {"mlp_position": "pre", "mlp_layers": 1}]
-
-
-def use_chunks_of(rows, monkeypatch):
-    for module in (s4d, model):
-        monkeypatch.setattr(module, "chunk_size", lambda device: rows)
 
 
 @pytest.mark.parametrize("settings", ABLATIONS)
@@ -328,73 +331,25 @@ def test_memory_of_attention_against_frames(impl, power):
     assert abs(math.log2(kept[1] / kept[0]) - power) < 0.3
 
 
-def test_kernels_are_computed_once_and_dropped(monkeypatch):
+def test_kernels_are_computed_once_for_all_sampling_steps(monkeypatch):
     torch.manual_seed(0)
-    net = UNet3D(UNetConfig(**TINY)).eval()
-    calls = []
-    kernel_of = S4DKernel.forward
-    monkeypatch.setattr(S4DKernel, "forward", lambda self, L: calls.append(self) or kernel_of(self, L))
-    kernels = {module for module in net.modules() if isinstance(module, S4DKernel)}
+    net, calls, forward = UNet3D(UNetConfig(**TINY)), [], S4DKernel.forward
+    monkeypatch.setattr(S4DKernel, "forward", lambda self, L: calls.append(self) or forward(self, L))
 
     def sampled():
         return Diffusion(5).sample(net, (1, 3, 6, 8, 8), sample_generators(0, [0]))
 
     with s4d.kernels_once(net, 6):
         once = sampled()
-    assert len(calls) == len(kernels) and set(calls) == kernels
-    assert torch.equal(sampled(), once) and len(calls) == 6 * len(kernels)
-
-    ssm = net.mid_temporal.directions[0]
-    with s4d.kernels_once(net, 6), torch.no_grad():
-        K = ssm.impulse_response(6)
-        assert ssm.impulse_response(6) is K and ssm.impulse_response(7).shape[1] == 7
-        with torch.enable_grad():
-            assert ssm.impulse_response(6).requires_grad
-    with torch.no_grad():
-        ssm.D.add_(1)
-    with s4d.kernels_once(net, 6), torch.no_grad():
-        assert torch.allclose(ssm.impulse_response(6)[:, 0], K[:, 0] + 1)
-    assert ssm.kept is None
-    net.requires_grad_(False)
-    with s4d.kernels_once(net, 6):
-        assert ssm.impulse_response(6) is ssm.kept, "for gradients of the video alone, as in reconstruction guidance"
-
-
-@pytest.mark.parametrize("settings", [{"mlp_layers": 3}, {"mlp_position": "middle"}, {"skip": "x"}, {"state_size": 7}])
-def test_temporal_ssm_refuses_settings(settings):
-    [(name, value)] = settings.items()
-    with pytest.raises(ValueError, match=f"{name}.*{value}"):
-        TemporalSSM(4, **settings)
-
-
-@pytest.mark.parametrize("temporal", [name for name in model.TEMPORAL_LAYERS if name != "none"])
-@pytest.mark.parametrize("shape", [(2, 4, 5), (2, 0, 4), (2, 4), (1, 4, 3, 8, 8)])
-def test_temporal_layers_refuse_shapes(temporal, shape):
-    layer = model.make_temporal_layer(UNetConfig(temporal, **TINY), 4)
-    with pytest.raises(ValueError, match=re.escape(str(shape)) + r".*frames >= 1, \.\.\., 4\)"):
-        layer(torch.randn(shape))
+    kernels = len(calls)
+    assert kernels == len(set(calls)) > 0
+    assert torch.equal(sampled(), once) and len(calls) == 6 * kernels, "dropped, and computed at each of the 5 steps"
 
 
 # ------------------------------------------------------------------------------------------------ GSS, Mamba, S6
 
 RIVALS = [(model.TemporalGSS, {}), (model.TemporalGSS, {"mlp_dim": 5}), (model.TemporalMamba, {}),
           (model.TemporalMamba, {"mlp_dim": 5}), (model.TemporalMamba, {"ssm": "s6"})]
-
-
-@pytest.mark.parametrize("layer, settings", RIVALS)
-def test_rivals_in_chunks(layer, settings, monkeypatch):
-    """Chunks and recomputation change nothing; what is computed, the authors' numbers and the recurrences say."""
-    torch.manual_seed(0)
-    layer = randomise(layer(6, state_size=4, **settings)).double()
-    x, weight = torch.randn(2, 2, 5, 4, 2, 6, dtype=torch.float64)
-    x.requires_grad_()
-    results = []
-    for rows in (4096, 7):
-        use_chunks_of(rows, monkeypatch)
-        y = layer(x)
-        results.append([y, *torch.autograd.grad(y, [x, *layer.parameters()], weight)])
-    for whole, chunked in zip(*results):
-        assert (whole - chunked).norm() < 1e-10 * whole.norm() and whole.any()
 
 
 @pytest.mark.parametrize("layer, settings", [(TemporalSSM, settings) for settings in ABLATIONS] + RIVALS)
@@ -412,25 +367,6 @@ def test_which_frames_a_frame_sees(layer, settings, bidirectional, positions):
         assert (later > 1e-12).all() if bidirectional else (later < 1e-14).all(), "the future"
         seen[:, 0, 0] = 0
         assert not (seen > 1e-14).any(), "other positions"
-
-
-@pytest.mark.parametrize("temporal", ["ssm", "gss", "mamba"])
-def test_what_of_an_unidirectional_network_is_not_causal(temporal, monkeypatch):
-    """Its group norms, whose statistics are of all frames, and nothing else."""
-    torch.manual_seed(0)
-    net = randomise(UNet3D(UNetConfig(temporal=temporal, bidirectional=False, **TINY))).double()
-    net.time_mlp.register_forward_pre_hook(lambda module, args: args[0].double())
-
-    def later_frames():
-        x = torch.randn(1, 3, 5, 4, 4, dtype=torch.float64, requires_grad=True)
-        [gradient] = torch.autograd.grad(net(x, torch.tensor([3]))[:, :, 2].square().sum(), x)
-        return gradient.abs().amax(dim=(0, 1, 3, 4))[3:]
-
-    assert (later_frames() > 1e-8).all()
-    group_norm = model.native_group_norm
-    monkeypatch.setattr(model, "native_group_norm", lambda x, *settings: torch.cat(
-        [group_norm(frame, *settings) for frame in x.split(1, dim=1)], dim=1))
-    assert (later_frames() < 1e-14).all()
 
 
 def selective_recurrence(ssm, u):
@@ -469,26 +405,17 @@ def test_s6_is_the_selective_recurrence(L, reverse, chunks, monkeypatch):
 
 def test_s6_starts_as_mamba_does():
     ssm = s4d.S6(4096, dt_rank=3)
-    dt = torch.nn.functional.softplus(ssm.dt_proj.bias)
+    dt = F.softplus(ssm.dt_proj.bias)
     assert dt.min() > 0.999e-3 and dt.max() < 0.1001 and abs(dt.log().mean() - math.log(1e-2)) < 0.1
     assert torch.allclose(-torch.exp(ssm.A_log[7]), -torch.arange(1.0, 17.0)) and (ssm.D == 1).all()
-    assert model.TemporalMamba(40, state_size=16, ssm="s6").directions[0].dt_proj.in_features == 3  # 40 / 16, up
-
-
-def test_s6_states_never_exist_whole():
-    ssm = s4d.S6(64, dt_rank=1)
-    u = torch.randn(64, 64, 64, requires_grad=True)
-    with LargestTensor() as largest:
-        ssm(u).square().sum().backward()
-    assert largest.numel <= 2 ** 19 < u.numel() * 16 / 7
 
 
 def test_s6_by_the_kernel_of_mamba_ssm(monkeypatch):
     """Against a stand-in with its published signature and formula: the layout is what is tested."""
     def selective_scan_fn(u, delta, A, B, C, D, delta_bias, delta_softplus):
         assert delta_softplus and A.dtype == D.dtype == delta_bias.dtype == torch.float32
-        assert all(x.is_contiguous() and x.dtype == u.dtype for x in (delta, B, C)) and u.is_contiguous()
-        delta = torch.nn.functional.softplus(delta + delta_bias[:, None])                           # p d L
+        assert all(x.is_contiguous() and x.dtype == u.dtype for x in (u, delta, B, C))
+        delta = F.softplus(delta + delta_bias[:, None])                                             # p d L
         h, ys = torch.zeros(*u.shape[:2], A.shape[1]), []
         for k in range(u.shape[2]):
             h = torch.exp(delta[:, :, k, None] * A) * h + (delta * u)[:, :, k, None] * B[:, None, :, k]
@@ -499,31 +426,28 @@ def test_s6_by_the_kernel_of_mamba_ssm(monkeypatch):
     ssm, u = randomise(s4d.S6(6, state_size=4, dt_rank=2)), torch.randn(3, 11, 6)
     monkeypatch.setattr(s4d, "fused_selective_scan", lambda: selective_scan_fn)
     assert relative(ssm.fused(u), ssm.scan(u)) < 1e-5
-    with torch.autocast("cpu", torch.bfloat16):
-        assert ssm.fused(u.bfloat16()).dtype == torch.bfloat16 == ssm(u.bfloat16()).dtype
 
 
 # ------------------------------------------------------------------------------------------------ the network
 
 
-@pytest.mark.parametrize("temporal", model.TEMPORAL_LAYERS)
-def test_every_parameter_has_a_gradient(temporal):
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("temporal", ["ssm", "attention", "linear-attention"])
+def test_the_network_is_the_textbook_network(temporal, grad_checkpoint):
     torch.manual_seed(0)
-    for checkpointed in (False, True):
-        net = UNet3D(UNetConfig(temporal, **TINY), grad_checkpoint=checkpointed)
-        net(torch.randn(2, 3, 5, 8, 8), torch.tensor([3, 200])).square().mean().backward()
-        without = [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
-        assert not without
-
-
-def test_grad_checkpoint_changes_no_gradient():
-    torch.manual_seed(0)
-    net = UNet3D(UNetConfig(**TINY))
-    x, t = torch.randn(1, 3, 4, 8, 8), torch.tensor([9])
-    plain = torch.autograd.grad(net(x, t).square().mean(), list(net.parameters()))
-    net.grad_checkpoint = True
-    again = torch.autograd.grad(net(x, t).square().mean(), list(net.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+    net = randomise(UNet3D(UNetConfig(temporal=temporal, **TINY), grad_checkpoint)).double()
+    net.time_mlp.register_forward_pre_hook(lambda module, args: args[0].double())  # the embedding of t is float32
+    x, t = torch.randn(2, 3, 5, 4, 4, dtype=torch.float64, requires_grad=True), torch.arange(2)
+    inputs = [x, *net.parameters()]
+    y = net(x, t)
+    gradients = torch.autograd.grad(y.square().sum(), inputs)
+    expected = bench.use_textbook(net)(x, t)
+    assert sum("forward" in vars(module) for module in net.modules()) > 20 and not net.grad_checkpoint
+    assert (y - expected).norm() < 1e-10 * expected.norm()
+    plain = torch.autograd.grad(expected.square().sum(), inputs)
+    scale = max(gradient.norm() for gradient in plain)
+    for ours, theirs in zip(gradients, plain):
+        assert (ours - theirs).norm() < 1e-10 * max(theirs.norm(), 1e-3 * scale)
 
 
 def gradients(net, x, t, **settings):
@@ -535,13 +459,11 @@ def gradients(net, x, t, **settings):
 @pytest.fixture
 def restore_tails(monkeypatch):
     """Undo what `compile_tails` does to the modules and to torch."""
-    for module, name in [(s4d, "ssm_tail"), (model, "norm_act"), (model, "linear_attention")]:
-        monkeypatch.setattr(module, name, getattr(module, name))
-    config = torch._dynamo.config
-    saved = {name: getattr(config, name) for name in ("cache_size_limit", "fail_on_cache_limit_hit")}
+    for module, names in [(s4d, ["ssm_tail"]), (model, ["norm_act", "linear_attention"]),
+                          (torch._dynamo.config, ["cache_size_limit", "fail_on_cache_limit_hit"])]:
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(module, name))
     yield
-    for name, value in saved.items():
-        setattr(config, name, value)
     torch.compiler.reset()
 
 
@@ -557,10 +479,6 @@ def test_compiled_tails(restore_tails):
         for ours, expected in zip(gradients(net, x, t, enabled=False), plain):
             assert (ours - expected).norm() < 1e-5 * max(expected.norm(), 1e-2)
     assert 3 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 16
-    torch._dynamo.config.cache_size_limit = 1
-    torch.compiler.reset()
-    with pytest.raises(Exception, match="(recompile|cache)_?(size_)?limit"):
-        gradients(net, x, t, enabled=False)
 
 
 def test_bfloat16_training_tracks_float32():
@@ -591,12 +509,11 @@ def test_network_shapes(temporal, shape):
     assert net(torch.randn(shape), torch.zeros(shape[0], dtype=torch.long)).shape == shape
 
 
-@pytest.mark.parametrize("shape, t, words", [
-    ((1, 3, 4, 9, 8), (1,), "9x8.*divisible by 2"), ((1, 4, 4, 8, 8), (1,), r"\(1, 4, 4, 8, 8\).*3"),
-    ((3, 4, 8, 8), (1,), "expected"), ((2, 3, 4, 8, 8), (1,), r"t has shape \(1,\)"), ((1, 3, 0, 8, 8), (1,), "0")])
-def test_network_refuses(shape, t, words):
-    with pytest.raises(ValueError, match=words):
-        UNet3D(UNetConfig(**TINY))(torch.randn(shape), torch.zeros(t, dtype=torch.long))
+@pytest.mark.parametrize("shape", [
+    (1, 3, 4, 9, 8), (1, 4, 4, 8, 8), (3, 4, 8, 8), (2, 3, 4, 8, 8), (1, 3, 0, 8, 8)])
+def test_network_refuses(shape):
+    with pytest.raises(ValueError, match="expected|divisible"):
+        UNet3D(UNetConfig(**TINY))(torch.randn(shape), torch.zeros(1, dtype=torch.long))
 
 
 def test_classes_are_added_and_change_no_other_first_weight():
@@ -605,9 +522,7 @@ def test_classes_are_added_and_change_no_other_first_weight():
         torch.manual_seed(0)
         nets.append(UNet3D(UNetConfig(**TINY, classes=classes)))
     plain, net = nets
-    weights = net.state_dict()
-    assert list(weights)[:-1] == list(plain.state_dict()) and list(weights)[-1] == "class_embedding.weight"
-    assert all(torch.equal(weights[name], value) for name, value in plain.state_dict().items())
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in plain.state_dict().items())
     x, t = torch.randn(2, 3, 4, 8, 8), torch.tensor([3, 7])
     outputs = [net(x, t, torch.tensor([label, label])) for label in range(4)]
     assert all((outputs[i] - outputs[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
@@ -615,29 +530,6 @@ def test_classes_are_added_and_change_no_other_first_weight():
     with torch.no_grad():
         net.class_embedding.weight[1] = 0
     assert torch.equal(net(x, t, torch.tensor([1, 1])), plain(x, t))
-    for network, labels in [(plain, torch.tensor([0, 0])), (net, torch.tensor([0]))]:
-        with pytest.raises(ValueError, match="labels have shape .* expected"):
-            network(x, t, labels)
-
-
-def test_an_unknown_temporal_layer_is_refused_with_the_names():
-    with pytest.raises(ValueError, match="'lstm'.*ssm, attention, linear-attention, gss, mamba, none"):
-        UNet3D(UNetConfig("lstm"))
-
-
-def test_parameter_counts_at_the_papers_width():
-    with torch.device("meta"):
-        counts = {name: model.count_parameters(UNet3D(UNetConfig(name))) for name in model.TEMPORAL_LAYERS}
-    widths = [64, *(64, 128, 256, 512), 512, *(256, 128, 64, 64)]  # stem, down, middle, up
-    attention = sum(c + 4 * c * 8 * 64 for c in widths)
-    direction = sum(c * (1 + 4 * 256) + c + 2 * c * c + 2 * c for c in widths)  # Δ, A, C; D; GLU
-    ssm = 2 * direction + sum(c + 2 * c * 512 + 512 + c for c in widths)
-    s4d = sum(c * (1 + 4 * 256) + c for c in widths)
-    gss = 2 * s4d + sum(c + 4 * (c * c + c) + 2 * (3 * c * c + 3 * c) + 3 * c * c + c for c in widths)
-    mamba = 4 * s4d + sum(c + 4 * c * c + 4 * c + 2 * (2 * c * 4 + 2 * c) + 2 * c * c + c for c in widths)
-    assert counts == {"none": 40_743_427, "linear-attention": 40_743_427 + attention,
-                      "attention": 40_743_427 + attention + 32 * 8, "ssm": 40_743_427 + ssm,
-                      "gss": 40_743_427 + gss, "mamba": 40_743_427 + mamba}
 
 
 # ------------------------------------------------------------------------------------------------ GPUs, without one
@@ -862,13 +754,6 @@ def test_schedule_and_posterior_identities():
         assert torch.allclose(mean, previous.sqrt(), atol=1e-5) and torch.allclose(variance, 1 - previous, atol=1e-5)
 
 
-def test_q_sample_and_predict_x0_are_inverse():
-    process = Diffusion(256)
-    x_0, noise = torch.rand(4, 3, 2, 4, 4) * 2 - 1, torch.randn(4, 3, 2, 4, 4)
-    t = torch.tensor([0, 10, 100, 200])
-    assert torch.allclose(process.predict_x0(process.q_sample(x_0, t, noise), t, noise), x_0, atol=1e-4)
-
-
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 @pytest.mark.parametrize("T, steps", [(1, 1), (20, 1), (20, 7), (256, 2), (256, 50), (256, 256), (1000, 3)])
 def test_an_oracle_denoiser_recovers_x0_at_any_number_of_steps(T, steps, prediction):
@@ -889,32 +774,15 @@ def test_an_oracle_denoiser_recovers_x0_at_any_number_of_steps(T, steps, predict
     assert calls[0] == T - 1 and (steps == 1 or calls[-1] == 0), "the timesteps include T - 1 and 0"
 
 
-def test_ddim_at_eta_1_with_all_steps_is_the_posterior(monkeypatch):
+def test_ddim_at_eta_1_with_all_steps_is_the_posterior():
     process = Diffusion(20)
-    x_t, x_0 = torch.randn(50, 4), torch.rand(50, 4)
-    for t, s in process.timesteps():
-        mean, variance = process.posterior(x_0, x_t, torch.full((50,), t))
-        for z in (0, 1):
-            monkeypatch.setattr(diffusion, "randn_each", lambda shape, generators, z=z: torch.full((50, *shape), z))
-            x_s = process.step(x_t, x_0, t, s, None, eta=1)
-            assert torch.allclose(x_s, mean + z * variance.sqrt(), atol=1e-5)
-    monkeypatch.undo()
 
-    def net(x, t):
-        return 0.9 * x + 0.1 * torch.sin(3 * x + t.view(-1, 1, 1, 1, 1))
+    def sampled(**settings):
+        return process.sample(lambda x, t: 0.9 * x + 0.1 * torch.sin(3 * x + t.view(-1, 1, 1, 1, 1)), (2, 3, 2, 4, 4),
+                              sample_generators(0, [0, 1]), **settings)
 
-    def sampled(seed, **settings):
-        return process.sample(net, (2, 3, 2, 4, 4), sample_generators(seed, [0, 1]), **settings)
-
-    assert torch.allclose(sampled(0, eta=1), sampled(0), atol=1e-4)
-    assert not torch.allclose(sampled(0, eta=1, steps=19), sampled(0), atol=1e-2)
-
-
-@pytest.mark.parametrize("settings", [dict(eta=1.5), dict(eta=-0.1), dict(eta=0, steps=21), dict(eta=0, steps=0),
-                                      dict(steps=10)])
-def test_sampling_refuses(settings):
-    with pytest.raises(ValueError, match="expected"):
-        Diffusion(20).sample(lambda x, t: x, (1, 3, 2, 4, 4), sample_generators(0, [0]), **settings)
+    assert torch.allclose(sampled(eta=1), sampled(), atol=1e-4)
+    assert not torch.allclose(sampled(eta=1, steps=19), sampled(), atol=1e-2)
 
 
 def test_v_x0_and_eps_are_each_others():
@@ -924,14 +792,7 @@ def test_v_x0_and_eps_are_each_others():
     a = process.alphas_cumprod[t].view(-1, 1, 1, 1, 1)
     assert torch.allclose(a.sqrt() * x_t - (1 - a).sqrt() * v, x_0, atol=1e-5)
     assert torch.allclose((1 - a).sqrt() * x_t + a.sqrt() * v, noise, atol=1e-5)
-    assert torch.allclose(x_t.square() + v.square(), x_0.square() + noise.square(), atol=1e-4), "a rotation"
-    for step in (0, 128, 255):
-        t = torch.full((4,), step)
-        x_t, v = process.q_sample(x_0, t, noise), process.v(x_0, t, noise)
-        assert torch.allclose(process.denoise(lambda x, t: v, x_t, step), x_0, atol=1e-5)
     assert torch.allclose(process.loss(lambda x, t: v + 2, x_0, t, noise), torch.full((4,), 4.0), atol=1e-4)
-    with pytest.raises(ValueError, match="'x0'"):
-        Diffusion(8, prediction="x0")
 
 
 def test_losses():
@@ -939,8 +800,6 @@ def test_losses():
     x_0, noise, t = torch.zeros(3, 3, 2, 4, 4), torch.randn(3, 3, 2, 4, 4), torch.tensor([0, 5, 15])
     assert torch.allclose(process.loss(lambda x, t: noise + 2, x_0, t, noise), torch.full((3,), 4.0))
     assert torch.allclose(process.loss(lambda x, t: noise - 2, x_0, t, noise, "l1"), torch.full((3,), 2.0))
-    with pytest.raises(ValueError, match="'huber'"):
-        process.loss(lambda x, t: noise, x_0, t, noise, "huber")
 
 
 def test_guidance_is_one_call_for_both_branches():
@@ -1307,7 +1166,7 @@ def test_every_command_of_the_tables_runs(flags, parameters, capsys):
     net = UNet3D(train.unet_config(args))
     assert f"{model.count_parameters(net):,} parameters: " in train.describe(args, net, torch.device("cpu"))
     net(torch.randn(1, 3, 3, 4, 4), torch.tensor([5])).square().mean().backward()
-    assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
 
 
 def test_step_memory_is_the_parameters_and_grows_with_the_clips():
@@ -2319,25 +2178,6 @@ def bench_command(monkeypatch, *flags):
     with pytest.raises(SystemExit) as stop:
         run("bench.py", bench.main)
     return stop.value.code
-
-
-@pytest.mark.parametrize("grad_checkpoint", [False, True])
-@pytest.mark.parametrize("temporal", ["ssm", "attention", "linear-attention"])
-def test_the_network_is_the_textbook_network(temporal, grad_checkpoint):
-    torch.manual_seed(0)
-    net = randomise(UNet3D(UNetConfig(temporal=temporal, **TINY), grad_checkpoint)).double()
-    net.time_mlp.register_forward_pre_hook(lambda module, args: args[0].double())  # the embedding of t is float32
-    x, t = torch.randn(2, 3, 5, 4, 4, dtype=torch.float64, requires_grad=True), torch.arange(2)
-    inputs = [x, *net.parameters()]
-    y = net(x, t)
-    gradients = torch.autograd.grad(y.square().sum(), inputs)
-    expected = bench.use_textbook(net)(x, t)
-    assert sum("forward" in vars(module) for module in net.modules()) > 20 and not net.grad_checkpoint
-    assert (y - expected).norm() < 1e-10 * expected.norm()
-    plain = torch.autograd.grad(expected.square().sum(), inputs)
-    scale = max(gradient.norm() for gradient in plain)
-    for ours, theirs in zip(gradients, plain):
-        assert (ours - theirs).norm() < 1e-10 * max(theirs.norm(), 1e-3 * scale)
 
 
 def test_bench_measures_and_keeps_what_does_not_fit(monkeypatch, capsys, tmp_path):
