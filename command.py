@@ -99,6 +99,8 @@ zero_to_one = number(float, 0, 1)
 def choose_device(name=None):
     """The torch.device that --device names, else the best; under torchrun this process's GPU. Raises UserError."""
     known = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if known and name in (None, "cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > len(known):
+        raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes for {len(known)} GPUs; lower --nproc-per-node")
     known += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = name or known[0].split(":")[0]
     name = f"cuda:{processes()[1]}" if name == "cuda" else name

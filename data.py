@@ -157,7 +157,8 @@ def leave_signals_to_main(_worker):
             told = signal.sigtimedwait([signal.SIGTERM], 1)
         os._exit(0)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # macOS has none
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=follow_main, daemon=True).start()
@@ -180,7 +181,10 @@ def read_videos(path, size=None):
         videos = read_index(index_path)
     else:
         count, length = array.shape[:2] if array.ndim == 5 else (1, len(array))
-        labels = json.loads(sample_path.read_text(encoding="utf-8")).get("labels") if sample_path.is_file() else None
+        try:
+            labels = json.loads(sample_path.read_text(encoding="utf-8")).get("labels") if sample_path.is_file() else None
+        except ValueError:
+            raise DataError(f"{sample_path} is damaged; move it away to read the videos without labels") from None
         videos = [{"name": f"{path.name}[{i}]", "start": i * length, "length": length, "label": label, "split": "train"}
                   for i, label in enumerate(labels or [None] * count)]
     ends = itertools.accumulate(video["length"] for video in videos)
@@ -376,14 +380,6 @@ def files_of(video):
     pictures = [path for path in video.iterdir() if path.suffix.lower() in FRAME_FILES and path.name[0] != "."]
     return sorted(pictures, key=lambda path: ([(text, int(number or 0)) for text, number in
                                                re.findall("([^0-9]*)([0-9]*)", path.name)], path.name))
-
-
-def official_splits(source):
-    """{"v_ApplyEyeMakeup_g08_c01": "train", ...} from UCF101's lists of split 01; empty if there are none."""
-    lists = [(folder / below / f"{split}list01.txt", split) for folder in (source, source.resolve().parent)
-             for below in ("", "ucfTrainTestlist") for split in ("train", "test")]
-    return {Path(line.split()[0]).stem: split for file, split in lists if file.is_file()
-            for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()}
 
 
 # ---------------------------------------------------------------------------------------- decoding

@@ -1,5 +1,5 @@
 """The 3D U-Net of Video Diffusion Models (Ho et al. 2022, arXiv 2204.03458) with an exchangeable temporal layer:
-bidirectional S4D (arXiv 2403.07711), its rivals there (attention, linear attention, GSS and BiGS, Mamba), or none.
+bidirectional S4D (arXiv 2403.07711), what it is compared with (attention, linear attention, GSS, BiGS, Mamba), or none.
 
     net = UNet3D(UNetConfig(temporal="ssm"))
     eps = net(torch.randn(2, 3, 16, 32, 32), torch.tensor([0, 255]))     # (b, c, f, h, w), (b,) -> (b, c, f, h, w)
@@ -9,7 +9,7 @@ Needs torch, einops and s4d.py.
 Glossary
     b, c, f, h, w   batch, channels, frames, height, width
     x, t, ε         the noised video, its diffusion step, its noise
-    spatial, temporal layer   one that treats every frame, every position (h, w) alone
+    spatial, temporal layer   one that treats each frame, or each position (h, w), independently
 Outside the network a video is (b, c, f, h, w), inside it is (b, f, h, w, c). `python model.py` prints the parameter
 counts at the paper's width.
 """
@@ -186,9 +186,9 @@ def compile_tails(backend="inductor"):
     than 64 shapes, raises an error of torch._dynamo: it never falls back to eager execution unnoticed.
     """
     import torch._dynamo.config as dynamo
-    for name, value in [("cache_size_limit", 64), ("fail_on_cache_limit_hit", True)]:       # so called by torch 2.5
-        later = name.replace("cache_size", "recompile").replace("cache", "recompile")
-        setattr(dynamo, later if hasattr(dynamo, later) else name, value)
+    for old, new, value in [("cache_size_limit", "recompile_limit", 64),                    # old: torch 2.5
+                            ("fail_on_cache_limit_hit", "fail_on_recompile_limit_hit", True)]:
+        setattr(dynamo, new if hasattr(dynamo, new) else old, value)
     this = sys.modules[__name__]
     for module, name in [(s4d, "ssm_tail"), (this, "norm_act"), (this, "linear_attention")]:
         setattr(module, name, torch.compile(getattr(module, name), backend=backend, fullgraph=True, dynamic=False))
@@ -261,7 +261,7 @@ def framewise_group_norm(x, weight, bias, groups, scale=None, shift=None, eps=1e
     size = math.prod(parts.shape[2:4]) * parts.shape[5]
     mean = parts.mean((2, 3, 5), dtype=dtype).mean(1)                                       # b g
     square = torch.linalg.vector_norm(parts, dim=(2, 3, 5), dtype=dtype).square().mean(1) / size
-    gain = ((square - mean.square()).clamp(min=0) + eps).rsqrt()                            # 1/σ, σ² = E x² - (E x)²
+    gain = ((square - mean.square()).clamp(min=0) + eps).rsqrt()        # 1/σ, σ² = E x² - (E x)²; b g
     mean, gain = (z.repeat_interleave(parts.shape[5], 1) for z in (mean, gain))             # b c
     gain = gain * weight
     offset = bias - mean * gain                             # GroupNorm(x) = x · gain + offset

@@ -264,8 +264,8 @@ def kernels_once(net, L):
 def choose_toeplitz(L, positions, device):
     """Whether `toeplitz_conv` is to be used for videos of L frames with so many positions, or `fft_conv`.
 
-    On a GPU, whose matrix units make it cheap: up to 1,024 frames; on a CPU no more than positions either. Never by the
-    batch: a video comes out the same whatever else is in it.
+    It is up to 1,024 frames on a GPU, whose matrix units make it cheap; on a CPU only if there are also no more frames
+    than positions. Never by the batch: a video comes out the same whatever else is in it.
     """
     return L <= (min(positions, 1024) if device.type == "cpu" else 1024)
 
@@ -382,8 +382,8 @@ def fused_selective_scan():
 class Recurrence(torch.autograd.Function):
     """h_k = a_k h_{k-1} + b_k, with h_{-1} = 0, along the first axis; a, b, h: (L, ...).
 
-    A loop over the frames, in place: on a CPU it takes half the time of a loop of autograd's own operations, and a tenth
-    of that of a parallel scan, which writes all frames in each of its log2(L) steps.
+    A loop over the frames, in place: on a CPU it takes half the time of a loop of autograd's own operations, and a
+    tenth of that of a parallel scan, which writes all frames in each of its log2(L) steps.
     """
 
     @staticmethod

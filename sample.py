@@ -11,10 +11,10 @@
     python sample.py --sampler ddim --sampling-steps 50           # DDIM: 50 network calls instead of 256
 
 Writes NAME.npy, uint8 (num, frames, height, width, 3), which data.py reads; NAME.npy.json, what it was drawn from;
-NAME.gif and NAME.mp4, the first 16 side by side; NAME.png, a row of frames of each; there given frames have a white
-border. Sample i is a function of (checkpoint, seed, i, its given frames): neither the number of processes nor, but for
-the last bits of floating-point sums, the batch size matters. The same command resumes an interrupted one. On several
-machines --out must be in a folder that all of them share.
+NAME.gif and NAME.mp4, the first 16 side by side; NAME.png, a row of frames of each; in these, given frames have a
+white border. Sample i is a function of (checkpoint, seed, i, its given frames): neither the number of processes nor,
+but for the last bits of floating-point sums, the batch size matters. The same command resumes an interrupted one. On
+several machines --out must be in a folder that all of them share.
 
 Glossary
     b, c, f, h, w   batch, channels, frames, height, width
@@ -114,8 +114,8 @@ def load_network(ckpt, weights="ema", device="cpu"):
 
 
 def cast_weights(net):
-    """Turn the weights of linear layers and convolutions into bf16, in place: autocast, which remembers its casts of
-    weights in training only, would do the same anew in every call."""
+    """Turn the weights of linear layers and convolutions into bf16, in place: autocast caches its casts of weights only
+    while they need gradients, and would repeat them in every call."""
     for module in net.modules():
         for child in module.children():
             if isinstance(child, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)) and not isinstance(module, S6):
@@ -132,7 +132,9 @@ def cuda_graphs(net):
             return net(x, t, labels)
         if x.shape not in captured:
             inputs = [x.clone(), t.clone(), *([] if labels is None else [labels.clone()])]
-            with torch.cuda.stream(torch.cuda.Stream()):  # PyTorch wants the warm-up on a stream of its own
+            stream = torch.cuda.Stream()  # PyTorch wants the warm-up on a stream of its own
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
                 for _ in range(3):
                     net(*inputs)
             torch.cuda.synchronize()
@@ -237,7 +239,7 @@ def parse_args(argv=None):
     add("--overlap", type=positive_int, help="frames of a window that are the last of the one before (a quarter)")
     add("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the latest")
     add("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native")
-    add("--compile", action="store_true", help="torch.compile the network; a CUDA graph on CUDA")
+    add("--compile", action="store_true", help="torch.compile the elementwise work; a CUDA graph on CUDA")
     add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
     add("--out", type=Path, help=".npy file to write (samples_STEP.npy beside the checkpoint)")
     args = parser.parse_args(argv)
@@ -346,6 +348,8 @@ def main():
     if out.exists():
         return say(f"{out} is there already, drawn by this same command; delete it to draw it again")
     join_processes()
+    if recorded != request and rank == 0:
+        shutil.rmtree(parts, ignore_errors=True)  # another request's
     agree(request, "the processes read different checkpoints; start again once it is no longer being written")
     if rank == 0:
         parts.mkdir(parents=True, exist_ok=True)
@@ -354,15 +358,15 @@ def main():
     say(f"{path}: step {ckpt['step']}, {args.weights} weights; {args.num} videos of {frames} frames, {size}x{size}, "
         f"{args.sampler}, {steps} steps, seed {args.seed}, {world_size} x {device.type}")
     if window > config["frames"]:
-        say(f"warning: the network was trained on {config['frames']} frames and is to draw {window} at once, of which "
-            f"it has learned nothing; --window {config['frames']} draws as many by blocks")
+        say(f"warning: the network was trained on {config['frames']} frames and is to draw {window} at once, which "
+            f"it has never seen; --window {config['frames']} draws as many by blocks")
     barrier()
 
-    # ---- the processes take batches in turn; an interrupted one is drawn again whole, so that its sums round alike
+    # ---- the processes take batches in turn; an interrupted one is drawn again whole
     batch_size = min(args.batch_size, math.ceil(args.num / world_size))
     batches = [range(first, min(first + batch_size, args.num)) for first in range(0, args.num, batch_size)]
     mine = [batch for batch in batches[rank::world_size] if not all(part(parts, i).exists() for i in batch)]
-    kernels = kernels_once(net, window)
+    kernels = kernels_once(net, window)  # of the modules that a CUDA graph hides; entered below
     if choose_precision(device, args.precision) == "bf16":
         cast_weights(net)
     if args.compile:
@@ -392,7 +396,7 @@ def main():
     barrier()
     if rank == 0:
         assemble(out, parts, args.num, given)
-        print(f"wrote {out.absolute()} and, for looking at, .gif, .mp4 and .png beside it")
+        print(f"wrote {out.absolute()}, and previews beside it: .gif, .mp4, .png")
 
 
 def digest(*tensors):

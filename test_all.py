@@ -204,7 +204,7 @@ def test_reference_schedule():
         np.testing.assert_allclose(getattr(process, ours), archive[theirs], rtol=1e-5, atol=1e-9)
 
 
-# ------------------------------------------------------------------------------------------------ S4D
+# ------------------------------------------------------------------------------------------------ s4d
 
 
 def recurrence(ssm, u):
@@ -346,13 +346,8 @@ def test_kernels_are_computed_once_for_all_sampling_steps(monkeypatch):
     assert torch.equal(sampled(), once) and len(calls) == 6 * kernels, "dropped, and computed at each of the 5 steps"
 
 
-# ------------------------------------------------------------------------------------------------ GSS, Mamba, S6
-
-RIVALS = [(model.TemporalGSS, {}), (model.TemporalGSS, {"mlp_dim": 5}), (model.TemporalMamba, {}),
-          (model.TemporalMamba, {"mlp_dim": 5}), (model.TemporalMamba, {"ssm": "s6"})]
-
-
-@pytest.mark.parametrize("layer, settings", [(TemporalSSM, settings) for settings in ABLATIONS] + RIVALS)
+@pytest.mark.parametrize("layer, settings", [
+    (TemporalSSM, {}), (model.TemporalGSS, {}), (model.TemporalMamba, {}), (model.TemporalMamba, {"ssm": "s6"})])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("positions", [1, 3])  # on a side: by FFT, by Toeplitz matrix
 def test_which_frames_a_frame_sees(layer, settings, bidirectional, positions):
@@ -369,18 +364,16 @@ def test_which_frames_a_frame_sees(layer, settings, bidirectional, positions):
         assert not (seen > 1e-14).any(), "other positions"
 
 
-def selective_recurrence(ssm, u):
-    """h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k u_k, y_k = C_k h_k + D u_k, step by step. u: (p, L, d) -> (p, L, d)."""
-    rank, N, _ = ssm.sizes
-    h = torch.zeros(u.shape[0], u.shape[2], N, dtype=u.dtype)                                       # p d N
+def selective_recurrence(u, dt, A, B, C, D, reverse=False):
+    """h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k u_k, y_k = C_k h_k + D u_k, step by step -> (p, L, d).
+
+    u, dt: (p, L, d), A: (d, N), B, C: (p, L, N), D: (d,).
+    """
+    h, ys = torch.zeros(len(u), *A.shape, dtype=u.dtype), {}                                        # p d N
     steps = range(u.shape[1])
-    ys = {}
-    for k in reversed(steps) if ssm.reverse else steps:
-        numbers = u[:, k] @ ssm.x_proj.weight.T
-        dt = torch.log1p(torch.exp(numbers[:, :rank] @ ssm.dt_proj.weight.T + ssm.dt_proj.bias))    # p d
-        B, C = numbers[:, None, rank:rank + N], numbers[:, None, rank + N:]                         # p 1 N
-        h = torch.exp(-dt[..., None] * ssm.A_log.exp()) * h + (dt * u[:, k])[..., None] * B
-        ys[k] = (h * C).sum(-1) + ssm.D * u[:, k]
+    for k in reversed(steps) if reverse else steps:
+        h = torch.exp(dt[:, k, :, None] * A) * h + (dt * u)[:, k, :, None] * B[:, k, None]
+        ys[k] = (h * C[:, k, None]).sum(-1) + D * u[:, k]
     return torch.stack([ys[k] for k in steps], 1)
 
 
@@ -396,18 +389,13 @@ def test_s6_is_the_selective_recurrence(L, reverse, chunks, monkeypatch):
         in_chunks = s4d.in_chunks
         monkeypatch.setattr(s4d, "in_chunks", lambda scan, u, size: in_chunks(scan, u, size=2))
     inputs = [u, *ssm.parameters()]
-    y, expected = ssm(u), selective_recurrence(ssm, u)
+    dt, B, C = (u @ ssm.x_proj.weight.T).split(ssm.sizes, -1)
+    dt = torch.log1p(torch.exp(dt @ ssm.dt_proj.weight.T + ssm.dt_proj.bias))
+    y, expected = ssm(u), selective_recurrence(u, dt, -ssm.A_log.exp(), B, C, ssm.D, reverse)
     assert relative(y, expected) < 1e-10
     for ours, plain in zip(*(torch.autograd.grad((out * weight).sum(), inputs) for out in (y, expected))):
         assert (ours - plain).norm() <= 1e-10 * plain.norm()
     assert relative(ssm.float()(u.float()), expected) < 1e-5
-
-
-def test_s6_starts_as_mamba_does():
-    ssm = s4d.S6(4096, dt_rank=3)
-    dt = F.softplus(ssm.dt_proj.bias)
-    assert dt.min() > 0.999e-3 and dt.max() < 0.1001 and abs(dt.log().mean() - math.log(1e-2)) < 0.1
-    assert torch.allclose(-torch.exp(ssm.A_log[7]), -torch.arange(1.0, 17.0)) and (ssm.D == 1).all()
 
 
 def test_s6_by_the_kernel_of_mamba_ssm(monkeypatch):
@@ -415,12 +403,8 @@ def test_s6_by_the_kernel_of_mamba_ssm(monkeypatch):
     def selective_scan_fn(u, delta, A, B, C, D, delta_bias, delta_softplus):
         assert delta_softplus and A.dtype == D.dtype == delta_bias.dtype == torch.float32
         assert all(x.is_contiguous() and x.dtype == u.dtype for x in (u, delta, B, C))
-        delta = F.softplus(delta + delta_bias[:, None])                                             # p d L
-        h, ys = torch.zeros(*u.shape[:2], A.shape[1]), []
-        for k in range(u.shape[2]):
-            h = torch.exp(delta[:, :, k, None] * A) * h + (delta * u)[:, :, k, None] * B[:, None, :, k]
-            ys.append((h * C[:, None, :, k]).sum(-1))
-        return (torch.stack(ys, -1) + D[:, None] * u).to(u.dtype)
+        dt = F.softplus(delta + delta_bias[:, None])                                                # p d L
+        return selective_recurrence(u.mT, dt.mT, A, B.mT, C.mT, D).mT
 
     torch.manual_seed(0)
     ssm, u = randomise(s4d.S6(6, state_size=4, dt_rank=2)), torch.randn(3, 11, 6)
@@ -428,7 +412,7 @@ def test_s6_by_the_kernel_of_mamba_ssm(monkeypatch):
     assert relative(ssm.fused(u), ssm.scan(u)) < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------ the network
+# ------------------------------------------------------------------------------------------------ model
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
@@ -509,24 +493,15 @@ def test_network_shapes(temporal, shape):
     assert net(torch.randn(shape), torch.zeros(shape[0], dtype=torch.long)).shape == shape
 
 
-@pytest.mark.parametrize("shape", [
-    (1, 3, 4, 9, 8), (1, 4, 4, 8, 8), (3, 4, 8, 8), (2, 3, 4, 8, 8), (1, 3, 0, 8, 8)])
-def test_network_refuses(shape):
-    with pytest.raises(ValueError, match="expected|divisible"):
-        UNet3D(UNetConfig(**TINY))(torch.randn(shape), torch.zeros(1, dtype=torch.long))
-
-
 def test_classes_are_added_and_change_no_other_first_weight():
     nets = []
     for classes in (0, 3):
         torch.manual_seed(0)
         nets.append(UNet3D(UNetConfig(**TINY, classes=classes)))
     plain, net = nets
-    assert all(torch.equal(net.state_dict()[name], value) for name, value in plain.state_dict().items())
     x, t = torch.randn(2, 3, 4, 8, 8), torch.tensor([3, 7])
-    outputs = [net(x, t, torch.tensor([label, label])) for label in range(4)]
-    assert all((outputs[i] - outputs[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
-    assert torch.equal(net(x, t), outputs[3]), "no labels: no class"
+    assert torch.equal(net(x, t), net(x, t, torch.tensor([3, 3]))), "no labels: no class"
+    assert (net(x, t, torch.tensor([0, 1])) - net(x, t, torch.tensor([0, 2]))).abs().amax((1, 2, 3, 4))[1] > 1e-3
     with torch.no_grad():
         net.class_embedding.weight[1] = 0
     assert torch.equal(net(x, t, torch.tensor([1, 1])), plain(x, t))
@@ -537,7 +512,7 @@ def test_classes_are_added_and_change_no_other_first_weight():
 
 class CudaAutocast(TorchFunctionMode):
     """CUDA's autocast rules, as far as the network meets them, on any device."""
-    HALF = {F.linear, F.conv2d, torch.conv2d, F.conv_transpose2d, torch.matmul, torch.Tensor.matmul, torch.bmm,
+    HALF = {F.linear, F.conv2d, F.conv3d, F.conv_transpose2d, torch.matmul, torch.Tensor.matmul, torch.bmm,
             torch.Tensor.__matmul__, torch.baddbmm, torch.einsum, F.scaled_dot_product_attention}
     FULL = {F.group_norm, F.layer_norm, torch.softmax, torch.Tensor.softmax, torch.exp, torch.Tensor.exp, torch.expm1,
             F.softplus, torch.sum, torch.Tensor.sum, torch.rsqrt, torch.Tensor.rsqrt}
@@ -593,32 +568,15 @@ def test_the_residual_stream_is_bfloat16_under_cudas_rules(temporal, form, monke
     assert len(dtypes) > 20 and set(dtypes) == {torch.bfloat16} == {y.dtype}
 
 
-class CountKernels(TorchDispatchMode):
-    """Counts dispatched operations that would launch something: not those that only look at a tensor differently."""
-    VIEWS = {"_conj", "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "expand", "permute", "select", "t",
-             "slice", "split", "split_with_sizes", "squeeze", "transpose", "unbind", "unfold", "unsqueeze", "view",
-             "view_as_complex", "view_as_real"}
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function.overloadpacket.__name__ not in self.VIEWS
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("grad_checkpoint, gigabytes, kernels", [(False, 55, 10_677), (True, 14, 13_526)])
-def test_a_step_of_the_papers_longest_videos_on_a_gpu(grad_checkpoint, gigabytes, kernels, monkeypatch):
-    """minerl-400 in bf16, on tensors without data: what it keeps, and how many kernels it launches.
-
-    (With channels first, in smaller chunks and with a float32 residual stream: 88.7 GB, 21,355; 23.6 GB, 27,053.)
-    """
+@pytest.mark.parametrize("grad_checkpoint, gigabytes", [(False, 55), (True, 14)])
+def test_memory_of_a_step_of_the_papers_longest_videos_on_a_gpu(grad_checkpoint, gigabytes, monkeypatch):
+    """minerl-400 in bf16, on tensors without data."""
     with torch.device("meta"):
         net = UNet3D(UNetConfig(), grad_checkpoint)
         x, t = torch.empty(8, 3, 400, 32, 32), torch.zeros(8, dtype=torch.long)
-    with LiveMemory() as memory, CountKernels() as launched, CudaAutocast(monkeypatch):
-        loss = (net(x, t).float() - x).square().mean()
-        torch.autograd.backward(loss)
-    print(f"{memory.peak / 1e9:.1f} GB, {launched.count} kernels")
-    assert memory.peak < gigabytes * 1e9 and launched.count < kernels
+    with LiveMemory() as memory, CudaAutocast(monkeypatch):
+        (net(x, t).float() - x).square().mean().backward()
+    assert memory.peak < gigabytes * 1e9
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU
@@ -716,7 +674,11 @@ def test_gpu_resume_is_bitwise_with_deterministic_convolutions(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     process = Diffusion(8, "cuda")
 
-    def train(net, optimizer, steps):
+    def trained(state, steps):
+        net = UNet3D(UNetConfig(**TINY)).cuda()
+        optimizer = torch.optim.Adam(net.parameters(), fused=True)
+        if state:
+            net.load_state_dict(state[0]), optimizer.load_state_dict(state[1])
         for step in steps:
             t, noise = training_noise((3, 5, 8, 8), 0, step, range(2), 8, "cuda")
             process.loss(net, noise.sin(), t, noise).mean().backward()
@@ -724,34 +686,12 @@ def test_gpu_resume_is_bitwise_with_deterministic_convolutions(monkeypatch):
             optimizer.zero_grad()
         return copy.deepcopy((net.state_dict(), optimizer.state_dict()))
 
-    ends = []
-    for halves in ([range(6)], [range(3), range(3, 6)]):
-        torch.manual_seed(0)
-        state = None
-        for steps in halves:
-            net = UNet3D(UNetConfig(**TINY)).cuda()
-            optimizer = torch.optim.Adam(net.parameters(), fused=True)
-            if state:
-                net.load_state_dict(state[0]), optimizer.load_state_dict(state[1])
-            state = train(net, optimizer, steps)
-        ends.append(state[0])
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    start = trained(None, [])
+    once, twice = trained(start, range(6))[0], trained(trained(start, range(3)), range(3, 6))[0]
+    assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
 # ------------------------------------------------------------------------------------------------ diffusion
-
-
-def test_schedule_and_posterior_identities():
-    for T in (1, 10, 256, 1000):
-        process = Diffusion(T)
-        a = process.alphas_cumprod
-        assert ((process.betas > 0) & (process.betas <= 0.9999)).all() and (a.diff() < 0).all()
-        assert process.posterior_variance[0] == 0 and process.posterior_mean_x0[0] == 1
-        # q(x_{t-1} | x_0) = ∫ q(x_{t-1} | x_t, x_0) q(x_t | x_0) dx_t: the means and the variances must agree
-        previous = torch.cat([torch.ones(1), a[:-1]])
-        mean = process.posterior_mean_x0 + process.posterior_mean_xt * a.sqrt()
-        variance = process.posterior_variance + process.posterior_mean_xt ** 2 * (1 - a)
-        assert torch.allclose(mean, previous.sqrt(), atol=1e-5) and torch.allclose(variance, 1 - previous, atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
@@ -824,41 +764,9 @@ def test_a_tenth_of_the_labels_is_dropped_by_seed_step_and_index():
     assert (dropped != [[label_dropped(0.1, 1, step, i) for i in range(50)] for step in range(50)]).any()
 
 
-def test_training_noise_is_a_function_of_seed_step_and_index():
-    t, noise = training_noise((3, 2, 4, 4), seed=1, step=5, indices=range(8), T=256)
-    for rank in range(2):
-        part_t, part_noise = training_noise((3, 2, 4, 4), 1, 5, range(4 * rank, 4 * rank + 4), 256)
-        assert torch.equal(part_t, t[4 * rank:4 * rank + 4]) and torch.equal(part_noise, noise[4 * rank:4 * rank + 4])
-    assert len({n.sum().item() for n in noise}) == 8
-    assert not torch.equal(noise, training_noise((3, 2, 4, 4), 1, 6, range(8), 256)[1])
-    many, _ = training_noise((1,), 0, 0, range(4000), T=4)
-    assert torch.bincount(many, minlength=4).min() > 900
-
-
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("frames", [6, 24])  # at 4x4, more than the positions of a video, fewer than those of a batch
-def test_sample_i_does_not_depend_on_its_batch(precision, frames):
-    torch.manual_seed(0)
-    net, process = randomise(UNet3D(UNetConfig(**TINY))), Diffusion(12)
-
-    def sampled(indices):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), s4d.kernels_once(net, frames):
-            videos = process.sample(net, (len(indices), 3, frames, 8, 8), sample_generators(0, indices))
-        return videos.add(1).mul(127.5).round().numpy()  # as pixels, 0 .. 255
-
-    together = sampled(range(3))
-    assert len({video.tobytes() for video in together}) == 3
-    for i in range(3):
-        difference = np.abs(sampled([i])[0] - together[i])
-        assert difference.max() <= 1 and difference.mean() < 1e-3  # sums in another order may round otherwise
-
-
-# ------------------------------------------------------------------------------------------------ given frames
-
-
 class MixFrames(torch.nn.Module):
-    """x_t -> the ε of x̂_0 = M x_t, M a matrix over the frames for every t, scaled so that M is E[x_0 | x_t] of videos
-    whose frames are all one picture of standard normal numbers."""
+    """x_t -> the ε of x̂_0 = M x_t, M a matrix over the frames for every t, scaled so that M x_t is E[x_0 | x_t] of
+    videos whose frames are all one picture of standard normal numbers."""
 
     def __init__(self, diffusion, frames):
         super().__init__()
@@ -894,7 +802,7 @@ def test_reconstruction_guidance_is_the_papers_equation():
 @pytest.mark.parametrize("settings", [{}, {"steps": 20, "eta": 0.0}, {"steps": 20, "eta": 1.0}])
 def test_given_frames_stay_and_draw_the_others(settings):
     diffusion, given = Diffusion(64), torch.arange(6) < 2
-    x_a = 0.5 * torch.randn(4, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-2, 2).repeat(1, 1, 6, 1, 1)
+    x_a = torch.randn(4, 3, 1, 4, 4, generator=torch.Generator().manual_seed(0)).clamp(-2, 2).repeat(1, 1, 6, 1, 1) / 2
     errors = []
     for weight in (0.0, 1.0):
         net = MixFrames(diffusion, 6)
@@ -993,36 +901,30 @@ def test_a_kill_at_any_file_operation_loses_nothing(run_train, tmp_path, monkeyp
     run_train(*flags, "--steps", 1, "--out", tmp_path / "begun")
     shutil.copytree(tmp_path / "begun", tmp_path / "whole")
     run_train(*flags, "--out", tmp_path / "whole")
-    countdown = -1
+    left = math.inf
 
-    def killing(function, half=None):
+    def killing(function, half=lambda *args: None):
         def wrapped(*args, **kwargs):
-            nonlocal countdown
-            if countdown == 0:
-                raise Killed
-            countdown -= 1
-            if countdown == 0:
-                if half:
-                    half(*args)
+            nonlocal left
+            left -= 1
+            if left == 0:
+                half(*args)
+            if left <= 0:
                 raise Killed
             return function(*args, **kwargs)
         return wrapped
 
-    for name in ("replace", "fsync", "unlink"):
-        monkeypatch.setattr(os, name, killing(getattr(os, name)))
-    monkeypatch.setattr(Path, "unlink", killing(Path.unlink))
+    for owner, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (Path, "unlink")):
+        monkeypatch.setattr(owner, name, killing(getattr(owner, name)))
     monkeypatch.setattr(torch, "save", killing(torch.save, lambda ckpt, file: file.write(b"half a checkpoint")))
-    kills = 0
-    while True:
+    for kills in itertools.count():
         out = shutil.copytree(tmp_path / "begun", tmp_path / str(kills))
-        countdown = kills + 1
+        left = kills + 1
         try:
             run_train(*flags, "--out", out)
-        except Killed:
-            kills += 1
-        else:
             break
-        countdown = -1
+        except Killed:
+            left = math.inf
         run_train(*flags, "--out", out)
         assert_same_run(out, tmp_path / "whole")
     assert kills >= 7
@@ -1031,9 +933,8 @@ def test_a_kill_at_any_file_operation_loses_nothing(run_train, tmp_path, monkeyp
 def test_what_must_not_change_is_refused(run_train, tmp_path):
     run_train("--steps", 1, "--out", tmp_path)
     before = (tmp_path / "ckpt.pt").read_bytes()
-    for flags, words in [(["--frames", 6], "--frames 5 -> 6"), (["--temporal", "gss"], "--temporal ssm -> gss"),
-                         (["--heads", 2, "--lr", 1], "holds another run: --heads 1 -> 2;"), (["--seed", 1], "--seed 0")]:
-        with pytest.raises(UserError, match=words):
+    for flags in (["--frames", 6], ["--temporal", "gss"], ["--heads", 2, "--lr", 1], ["--seed", 1]):
+        with pytest.raises(UserError, match=flags[0]):
             run_train("--steps", 2, "--out", tmp_path, *flags)
     hold = "import fcntl; lock = open('.lock', 'w'); fcntl.lockf(lock, fcntl.LOCK_EX); print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, stdin=subprocess.PIPE,
@@ -1045,15 +946,11 @@ def test_what_must_not_change_is_refused(run_train, tmp_path):
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
-def test_divergence_and_a_full_disk_leave_the_checkpoint(run_train, tmp_path):
+def test_divergence_leaves_the_checkpoint(run_train, tmp_path):
     run_train("--steps", 2, "--out", tmp_path)
     before = (tmp_path / "ckpt.pt").read_bytes()
     with pytest.raises(UserError, match="norm of the weights (inf|nan)"):  # the loss itself is finite at first
         run_train("--steps", 4, "--out", tmp_path, "--lr", 1e30)
-    if Path("/dev/full").exists():
-        (tmp_path / ".ckpt_next.pt.partial").symlink_to("/dev/full")
-        with pytest.raises(OSError, match="ckpt_next.pt cannot be written"):
-            run_train("--steps", 3, "--out", tmp_path)
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
@@ -1078,30 +975,35 @@ def test_one_clip_is_overfitted(run_train, tmp_path, monkeypatch):
     assert log[0][1] > 0.2 > 0.1 > log[-1][1]
 
 
-def torchrun(processes, *command, **settings):
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
-                           *map(str, command)], capture_output=True, text=True, cwd=HERE, **settings)
+def torchrun(processes, *command):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes),
+                           *map(str, command)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def assert_drawn(path, ckpt, sampler, labels=None, guidance=1):
+    """The videos in `path` are those of the network in `ckpt`, drawn in one batch, but for rounding."""
+    videos = np.load(path).astype(int)
+    with autocast(torch.device("cpu")):
+        expected = draw(sample.load_network(sample.load_checkpoint(ckpt)), sampler, (3, 5, 8, 8),
+                        sample_generators(0, range(len(videos))), labels and torch.tensor(labels), guidance)
+    assert np.abs(videos - expected).max() <= 1
 
 
 def test_two_processes_are_one(run_train, tmp_path):
     run_train("--steps", 5, "--out", tmp_path / "one")
-    finished = torchrun(2, "train.py", *TRAIN, "--state-size", 8, "--mlp-dim", 8, "--steps", 5, "--grad-accum", 2, "--out",
-                        tmp_path / "two")
-    assert finished.returncode == 0 and "Warning" not in finished.stderr, finished.stderr
+    torchrun(2, HERE / "train.py", *TRAIN, "--state-size", 8, "--mlp-dim", 8, "--steps", 5, "--grad-accum", 2,
+             "--out", tmp_path / "two")
     for one, two in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
         for name in ("loss", "grad_norm", "held_out_loss"):  # Adam would hide a wrong scale of the gradient
             assert math.isclose(one.get(name, 0), two.get(name, 0), rel_tol=1e-4)
-    finished = torchrun(2, "sample.py", "--ckpt", tmp_path / "one" / "ckpt.pt", "--num-samples", 5, "--batch-size", 2,
-                        "--out", tmp_path / "two.npy", "--device", "cpu")
-    assert finished.returncode == 0, finished.stderr
-    net = sample.load_network(sample.load_checkpoint(tmp_path / "one" / "ckpt.pt"))
-    with autocast(torch.device("cpu")):
-        expected = draw(net, Diffusion(8).sample, (3, 5, 8, 8), sample_generators(0, range(5)))
-    assert np.abs(expected.astype(int) - np.load(tmp_path / "two.npy")).max() <= 1
+    torchrun(2, HERE / "sample.py", "--ckpt", tmp_path / "one" / "ckpt.pt", "--num-samples", 5, "--batch-size", 2,
+             "--out", tmp_path / "two.npy", "--device", "cpu")
+    assert_drawn(tmp_path / "two.npy", tmp_path / "one" / "ckpt.pt", Diffusion(8).sample)
 
 
 def test_fvd_in_training(run_train, tmp_path, monkeypatch):
-    """Of the samples of the EMA weights against training clips; a network that looks at the mean colour stands for I3D."""
+    """Of the EMA weights' samples against training clips; a network that takes the mean colour stands for I3D."""
     monkeypatch.setattr(fvd, "load_i3d", lambda path, device: None)
     monkeypatch.setattr(fvd, "i3d_features", lambda net, videos: torch.from_numpy(videos).float().mean((1, 2, 3)))
     run_train("--steps", 4, "--frames", 9, "--fvd-every", 2, "--fvd-videos", 4, "--i3d", "i3d.pt", "--out", tmp_path)
@@ -1110,35 +1012,27 @@ def test_fvd_in_training(run_train, tmp_path, monkeypatch):
         net = sample.load_network(sample.load_checkpoint(tmp_path / "ckpt.pt"))
         fake = draw(net, Diffusion(8).sample, (3, 9, 8, 8), sample_generators(0, range(4)))
     real = np.stack([MazeVideos(9, 8).clip(i) for i in range(4)])
-    assert len(values) == 2 and values[1] == pytest.approx(fvd.fvd(real.mean((1, 2, 3)), fake.mean((1, 2, 3))), rel=1e-3)
+    expected = fvd.fvd(real.mean((1, 2, 3)), fake.mean((1, 2, 3)))
+    assert len(values) == 2 and values[1] == pytest.approx(expected, rel=1e-3)
 
 
 def test_presets_and_explicit_flags():
     for flags, preset, lr, steps in [
             ("", "ucf101-32", 3e-4, 92_000), ("--frames 16 --size 64", "ucf101-64", 1e-4, 106_000),
-            ("--frames 64", "minerl-64", 3e-4, 174_000), ("--frames 200", "minerl-200", 3e-4, 255_000),
-            ("--frames 400", "minerl-400", 5e-5, 246_000), ("--frames 350", "minerl-400", 5e-5, 246_000),
+            ("--frames 64", "minerl-64", 3e-4, 174_000), ("--frames 350", "minerl-400", 5e-5, 246_000),
             ("--preset minerl-400 --frames 64 --lr 1e-3", "minerl-400", 1e-3, 246_000)]:
         args = train.parse_args(flags.split())
         assert (args.preset, args.lr, args.steps) == (preset, lr, steps)
         assert (args.base_channels, args.time_dim, args.state_size, args.mlp_dim) == (64, 1024, 512, 512)
         assert (args.ema_decay, args.ema_every, args.ema_start) == (0.995, 10, 2000)
-    assert train.parse_args("--frames 350".split()).frames == 350
     assert train.unet_config(train.parse_args([])) == UNetConfig()
-    for flags, widths in [("--temporal gss", (512, None)), ("--temporal mamba --ssm s6", (16, None)),
-                          ("--preset tiny --temporal mamba", (64, None)), ("--preset tiny", (64, 64)),
-                          ("--temporal mamba --mlp-dim 512", (512, 512))]:
-        args = train.parse_args(flags.split())
-        assert (args.state_size, args.mlp_dim) == widths
 
 
-@pytest.mark.parametrize("base, heads, time_dim, parameters", [(32, 4, 1024, 14_083_459), (112, 14, 3584, 172_286_019)])
-def test_sizes_of_the_later_edition(base, heads, time_dim, parameters):
+@pytest.mark.parametrize("base, parameters", [(32, 14_083_459), (112, 172_286_019)])
+def test_sizes_of_the_later_edition(base, parameters):
     """14.08 M and 172.3 M in print: every parameter of the network with attention, 172.29 M rounded once more."""
     args = train.parse_args(f"--preset carla-256 --base-channels {base} --temporal attention".split())
-    assert (args.frames, args.size, args.batch_size, args.steps, args.lr, args.ema_decay) == (256, 32, 8, 100_000, 1e-4,
-                                                                                            0.9999)
-    assert (args.heads, args.time_dim) == (heads, time_dim)
+    assert (args.frames, args.batch_size, args.steps, args.lr, args.ema_decay) == (256, 8, 100_000, 1e-4, 0.9999)
     with torch.device("meta"):
         assert model.count_parameters(UNet3D(train.unet_config(args))) == parameters
 
@@ -1169,14 +1063,6 @@ def test_every_command_of_the_tables_runs(flags, parameters, capsys):
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
 
 
-def test_step_memory_is_the_parameters_and_grows_with_the_clips():
-    config = train.unet_config(train.parse_args(f"{SMALL} --base-channels 32".split()))
-    one, two, four = (train.step_memory(config, (b, 3, 16, 16, 16)) for b in (1, 2, 4))
-    assert one > 5 * 4 * model.count_parameters(UNet3D(config)), "parameters, gradients, moments, EMA"
-    assert four - two == pytest.approx(2 * (two - one), rel=0.05)
-    assert train.step_memory(config, (4, 3, 16, 16, 16), grad_checkpoint=True) < 0.7 * four
-
-
 # ------------------------------------------------------------------------------------------------ sampling
 
 CLASSES = ["Archery", "Bowling", "YoYo"]
@@ -1201,8 +1087,7 @@ def test_sample_writes_what_data_reads(trained, tmp_path, monkeypatch, capsys):
     assert videos.shape == (3, 9, 16, 16, 3) and videos.dtype == np.uint8
     assert data.PackedVideos(path, frames=9, size=16).num_windows == 3
     assert data.decode(path.with_suffix(".gif"), 16).shape[0] == data.decode(path.with_suffix(".mp4"), 16).shape[0] == 9
-    assert {file.name for file in path.parent.iterdir() if "samples_" in file.name} == {
-        path.name, path.name + ".json", *(path.with_suffix(suffix).name for suffix in (".gif", ".mp4", ".png"))}
+    assert json.loads(path.with_name(path.name + ".json").read_text())["step"] == 1
     # the contact sheet: 3 rows of 8 of the 9 frames, four times as large, with a gap of 4
     with Image.open(path.with_suffix(".png")) as image:
         sheet = np.asarray(image)
@@ -1216,53 +1101,36 @@ def test_sample_writes_what_data_reads(trained, tmp_path, monkeypatch, capsys):
 
 def test_class_conditional_by_the_commands(run_train, tmp_path, monkeypatch):
     for number, (name, split) in enumerate([("Archery", "train"), ("Bowling", "train"), ("YoYo", "test")]):
-        folder = tmp_path / "videos" / split / name
-        folder.mkdir(parents=True)
-        np.save(folder / "a.npy", np.full((6, 8, 8, 3), 40 * number, np.uint8))
+        write_npy(tmp_path / "videos" / split / name / "a.npy", 6, first=40 * number)
     data.pack(tmp_path / "videos", tmp_path / "packed.npy", size=8, workers=1)
     flags = ["--data", tmp_path / "packed.npy", "--classes", "--grid-samples", 2, "--out", tmp_path / "run"]
     run_train(*flags, "--steps", 1, "--grad-accum", 2)
     ckpt = sample.load_checkpoint(tmp_path / "run" / "ckpt.pt")
     assert ckpt["config"]["classes"] == CLASSES and ckpt["unet"]["classes"] == 3
-    with pytest.raises(SystemExit):
-        train.parse_args(["--classes", "--data", str(write_npy(tmp_path / "plain.npy", 6))])
-
     flags = ["--ckpt", tmp_path / "run" / "ckpt.pt", "--sampler", "ddim", "--num", 4]
     run_sample(monkeypatch, *flags, "--batch-size", 2, "--out", tmp_path / "turns.npy")
     run_sample(monkeypatch, *flags, "--out", tmp_path / "b.npy", "--class", "Bowling", "--guidance", 2)
     assert [video["label"] for video in data.PackedVideos(tmp_path / "turns.npy", 5, 8).videos] == [*CLASSES, "Archery"]
     assert json.loads((tmp_path / "b.npy.json").read_text())["labels"] == ["Bowling"] * 4
-    net, ddim = sample.load_network(ckpt), functools.partial(Diffusion(8).sample, steps=8, eta=0)
     for name, labels, guidance in [("b.npy", [1] * 4, 2), ("turns.npy", [0, 1, 2, 0], 1)]:
-        with autocast(torch.device("cpu")):
-            expected = draw(net, ddim, (3, 5, 8, 8), sample_generators(0, range(4)), torch.tensor(labels), guidance)
-        assert np.abs(np.load(tmp_path / name).astype(int) - expected).max() <= 1
+        assert_drawn(tmp_path / name, tmp_path / "run" / "ckpt.pt",
+                     functools.partial(Diffusion(8).sample, steps=8, eta=0), labels, guidance)
 
 
 def test_ddim_and_v_by_the_command(trained, run_train, tmp_path, monkeypatch):
-    flags = ["--ckpt", trained, "--num", 2, "--sampler", "ddim", "--sampling-steps", 3]
-    run_sample(monkeypatch, *flags, "--out", tmp_path / "ddim.npy")
+    run_sample(monkeypatch, "--ckpt", trained, "--num", 2, "--sampler", "ddim", "--sampling-steps", 3,
+               "--out", tmp_path / "ddim.npy")
+    assert_drawn(tmp_path / "ddim.npy", trained, functools.partial(Diffusion(8).sample, steps=3, eta=0))
     run_train("--steps", 1, "--out", tmp_path / "v", "--prediction", "v", "--grid-samples", 0)
     assert losses(tmp_path / "v") != losses(trained.parent)
     run_sample(monkeypatch, "--ckpt", tmp_path / "v" / "ckpt.pt", "--num", 2, "--out", tmp_path / "v.npy")
-    for name, path, sampler in [
-            ("ddim", trained, functools.partial(Diffusion(8).sample, steps=3, eta=0)),
-            ("v", tmp_path / "v" / "ckpt.pt", Diffusion(8, prediction="v").sample)]:
-        net = sample.load_network(sample.load_checkpoint(path))
-        with autocast(torch.device("cpu")):
-            expected = draw(net, sampler, (3, 5, 8, 8), sample_generators(0, range(2)))
-        assert np.abs(np.load(tmp_path / f"{name}.npy").astype(int) - expected).max() <= 1
+    assert_drawn(tmp_path / "v.npy", tmp_path / "v" / "ckpt.pt", Diffusion(8, prediction="v").sample)
 
 
 @pytest.mark.parametrize("text, frames", [
-    ("0:3", [0, 1, 2]), (":2,-2:", [0, 1, 6, 7]), ("0:8:3", [0, 3, 6]), ("3:5,4:6", [3, 4, 5]), ("-1:", [7]),
-    ("0:9", None), ("-9:2", None), ("3:3", None), ("3", None), ("0:3,", None), ("a:b", None), ("0:8:0", None), (":", None)])
+    ("0:3", [0, 1, 2]), (":2,-2:", [0, 1, 6, 7]), ("0:8:3", [0, 3, 6]), ("3:5,4:6", [3, 4, 5]), ("-1:", [7])])
 def test_given_is_a_slice_or_several(text, frames):
-    if frames:
-        assert sample.given_frames(text, 8) == frames
-    else:
-        with pytest.raises(UserError, match=f"--given {text}: "):
-            sample.given_frames(text, 8)
+    assert sample.given_frames(text, 8) == frames
 
 
 def test_prediction_and_infilling_resume(trained, tmp_path, monkeypatch):
@@ -1277,9 +1145,6 @@ def test_prediction_and_infilling_resume(trained, tmp_path, monkeypatch):
     drawn = np.load("whole.npy")
     assert all(np.array_equal(drawn[i, [0, 1, 3]], clips[i % 2, [0, 1, 3]]) for i in range(3))
     assert not np.array_equal(drawn[0, 2], drawn[2, 2]), "as each sample has its own noise"
-    with Image.open("whole.png") as sheet:
-        marked = [(np.asarray(sheet)[0, 68 * i:][:64] == 255).all() for i in range(5)]
-    assert marked == [True, True, False, True, False]
 
     calls = []
 
@@ -1297,9 +1162,7 @@ def test_prediction_and_infilling_resume(trained, tmp_path, monkeypatch):
         run_sample(monkeypatch, *flags, "--out", "stopped.npy")
     assert len(calls) == 3 and not [name for name in os.listdir() if name.startswith(".")]
     assert Path("stopped.npy").read_bytes() == Path("whole.npy").read_bytes()
-    with pytest.raises(UserError, match="belongs to other samples"):
-        run_sample(monkeypatch, *flags, "--condition-weight", 1, "--out", "whole.npy")
-    run_sample(monkeypatch, *sampler, "--condition", "clip.mp4", "--given=-2:", "--condition-weight", 0, "--out", "end.npy")
+    run_sample(monkeypatch, *sampler, "--condition", "clip.mp4", "--given=-2:", "--out", "end.npy")
     assert np.array_equal(np.load("end.npy")[:, -2:], [data.decode("clip.mp4", 8)[-2:]] * 3)
 
 
@@ -1323,9 +1186,8 @@ def test_long_videos_by_blocks(trained, tmp_path, monkeypatch):
     assert np.array_equal(np.load(tmp_path / "long.npy"), data.to_uint8(video).numpy())
     # the last block begins earlier to be whole; a block whose frames are all given is not drawn
     seen.clear()
-    write_npy(tmp_path / "clip.npy", 4)
-    run_sample(monkeypatch, *flags, "--window", 4, "--overlap", 2, "--condition", tmp_path / "clip.npy", "--given", "0:4",
-               "--frames", 9, "--out", tmp_path / "more.npy")
+    run_sample(monkeypatch, *flags, "--window", 4, "--overlap", 2, "--condition", write_npy(tmp_path / "clip.npy", 4),
+               "--given", "0:4", "--frames", 9, "--out", tmp_path / "more.npy")
     assert [given.tolist() for _, (_, given), _ in seen] == [[True, True, False, False]] * 2 + [[True] * 3 + [False]]
     assert np.array_equal(np.load(tmp_path / "more.npy")[1, :4, 0, 0, 0], [0, 1, 2, 3])
 
@@ -1359,26 +1221,23 @@ def test_no_file_that_is_loaded_runs_code(save, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script, flags, value", [
-    ("train", "--frames 0", "0"), ("train", "--lr nan", "nan"), ("train", "--ema-decay 1.5", "1.5"),
-    ("train", "--preset big", "big"), ("train", "--temporal rnn", "rnn"), ("train", "--nonsense", "nonsense"),
+    ("train", "--frames 0", "0"), ("train", "--lr nan", "nan"), ("train", "--preset big", "big"),
+    ("train", "--temporal rnn", "rnn"), ("train", "--nonsense", "nonsense"), ("train", "--base-channels 12", "12"),
     ("train", "--size 12 --channel-mults 1 2 4 8", "12"), ("train", "--batch-size 5 --grad-accum 2", "5"),
-    ("train", "--base-channels 12", "12"), ("train", "--state-size 7", "7"),
-    ("train", "--temporal attention --head-dim 7", "7"), ("train", "--temporal attention --mlp-layers 1", "mlp-layers"),
-    ("train", "--data missing", "missing"), ("train", "--data empty", "empty"), ("train", "--data text.mp4", "text.mp4"),
-    ("train", "--data short.npy --frames 9", "9"), ("train", "--data short.npy --size 16", "16"),
-    ("train", "--data short.npy --split test", "test"), ("train", "--data code.pt", "code.pt"),
-    ("train", "--device gpu", "gpu"), ("train", "--out file", "file"), ("train", "--frames 999999999", "999999999"),
-    ("train", "--fvd-every 3", "3"), ("train", "--fvd-every 3 --i3d missing.pt --frames 9", "missing.pt"),
-    ("train", "--fvd-every 3 --i3d missing.pt", "frames"), ("train", "--classes --data short.npy", "short.npy"),
+    ("train", "--temporal attention --mlp-layers 1", "mlp-layers"), ("train", "--temporal attention --head-dim 7", "7"),
+    ("train", "--data missing", "missing"), ("train", "--data empty", "empty"),
+    ("train", "--data text.mp4", "text.mp4"), ("train", "--data short.npy --frames 9", "9"),
+    ("train", "--data short.npy --size 16", "16"), ("train", "--data short.npy --split test", "test"),
+    ("train", "--classes --data short.npy", "short.npy"), ("train", "--device gpu", "gpu"),
+    ("train", "--out file", "file"), ("train", "--frames 999999999", "999999999"),
+    ("train", "--fvd-every 3 --i3d missing.pt --frames 9", "missing.pt"),
     ("sample", "", "ckpt.pt"), ("sample", "--ckpt missing.pt", "missing.pt"), ("sample", "--ckpt text.mp4", "text.mp4"),
-    ("sample", "--ckpt code.pt", "code.pt"), ("sample", "--ckpt other.pt", "other.pt"), ("sample", "--ckpt empty", "empty"),
-    ("sample", "--num 0", "0"), ("sample", "--eta 1.5", "1.5"), ("sample", "--eta 0.5", "eta"),
-    ("sample", "--guidance -1", "-1"), ("sample", "--condition short.npy", "short.npy"), ("sample", "--overlap 2", "2"),
-    ("sample", "--out x.txt", "x.txt"), ("sample", "--ckpt CKPT --size 9", "9"), ("sample", "--ckpt CKPT --window 6", "6"),
-    ("sample", "--ckpt CKPT --class red", "class"), ("sample", "--ckpt CKPT --sampler ddim --sampling-steps 9", "9"),
-    ("sample", "--ckpt CKPT --condition short.npy --given 0:9", "0:9"),
-    ("sample", "--ckpt CKPT --frames 9 --condition short.npy --given 6:8", "6:8"),
-    ("sample", "--ckpt CKPT --condition text.mp4 --given 0:2", "text.mp4"),
+    ("sample", "--ckpt code.pt", "code.pt"), ("sample", "--ckpt other.pt", "other.pt"), ("sample", "--num 0", "0"),
+    ("sample", "--eta 1.5", "1.5"), ("sample", "--guidance -1", "-1"), ("sample", "--condition short.npy", "short.npy"),
+    ("sample", "--overlap 2", "2"), ("sample", "--out x.txt", "x.txt"), ("sample", "--ckpt CKPT --size 9", "9"),
+    ("sample", "--ckpt CKPT --window 6", "6"), ("sample", "--ckpt CKPT --class red", "class"),
+    ("sample", "--ckpt CKPT --sampler ddim --sampling-steps 9", "9"),
+    *[("sample", f"--ckpt CKPT --condition short.npy --given {given}", given) for given in ("0:9", "3", "a:b", "3:3")],
     ("sample", "--ckpt CKPT --condition wide.npy --given 0:2", "16"),
 ])
 def test_bad_input_is_one_line(script, flags, value, small_checkpoint, tmp_path, monkeypatch, capfd):
@@ -1422,7 +1281,7 @@ def test_a_bug_keeps_its_traceback():
         command.run("train.py", buggy)
 
 
-# ------------------------------------------------------------------------------------------------ data.py
+# ------------------------------------------------------------------------------------------------ data
 
 
 def write_mp4(path, frames, colour_of=None, codec="mpeg4", pixels="yuv420p", height=48, width=64):
@@ -1469,15 +1328,6 @@ def test_all_256_values_survive_the_round_trip():
     assert torch.equal(data.to_uint8(3 * x), data.to_uint8((3 * x).clamp(-1, 1)))
 
 
-@pytest.mark.parametrize("function, wrong", [
-    (data.to_float, torch.zeros(2, 4, 4, 3)), (data.to_float, np.zeros((2, 4, 4, 3), np.uint8)),
-    (data.to_float, torch.zeros(2, 3, 4, 4, dtype=torch.uint8)), (data.to_uint8, torch.zeros(2, 4, 4, 3)),
-    (data.to_uint8, torch.zeros(3, 2, 4, 4, dtype=torch.uint8)), (data.to_uint8, torch.full((3, 1, 2, 2), float("nan")))])
-def test_conversions_refuse_what_is_no_video(function, wrong):
-    with pytest.raises(ValueError, match=function.__name__):
-        function(wrong)
-
-
 def test_maze_walks_are_a_function_of_their_key():
     walk, label = MazeVideos(40, 16).clip_and_label(3, 5)
     assert walk.shape == (40, 16, 16, 3) and walk.dtype == np.uint8
@@ -1485,27 +1335,21 @@ def test_maze_walks_are_a_function_of_their_key():
     assert hashlib.sha256(walk.tobytes()).hexdigest() == digest, "other mazes would be other training curves"
     assert np.array_equal(walk, MazeVideos(40, 16).clip(3, 5)) and label == MazeVideos(40, 16).label(3, 5)
     assert np.array_equal(walk[:7], MazeVideos(7, 16).clip(3, 5)), "a shorter walk is the beginning of a longer one"
-    others = [MazeVideos(40, 16, "test").clip(3, 5), *(MazeVideos(40, 16).clip(*key) for key in ((5, 3), (3,), (3, 5, 0)))]
-    assert not any(np.array_equal(walk, other) for other in others)
+    for split, key in (("test", (3, 5)), ("train", (5, 3)), ("train", (3,)), ("train", (3, 5, 0))):
+        assert not np.array_equal(walk, MazeVideos(40, 16, split).clip(*key))
     assert {MazeVideos(1, 8).label(0, i) for i in range(100)} == set(data.class_names(None)) == set(data.COLOUR_NAMES)
-    for frames, size in ((1, 8), (3, 9), (2, 200)):
-        assert MazeVideos(frames, size).clip(1).shape == (frames, size, size, 3)
 
 
 def test_long_walks_come_back_to_the_same_pictures_and_never_pass_through_walls():
     for index in range(4):
         rng = data.random_generator(index)
         walls = data.random_walls(rng)
-        place, heading = path = data.random_path(rng, walls, 400)
+        place, _ = path = data.random_path(rng, walls, 400)
         video = data.render(path, walls, rng.integers(256, size=(*walls.shape, 3)).astype(np.float32), 16)
         seen = {}
         again = [(seen[pose], i) for i, pose in enumerate(path.T.tobytes()[32 * n:32 * n + 32] for n in range(400))
                  if seen.setdefault(pose, i) < i - 20]
         assert len(again) > 20 and all(np.array_equal(video[i], video[j]) for i, j in again)
-        assert all((video[i] != video[i + 1]).any() for i in range(399)), "the walk never stands still"
-        assert walls[:, [0, -1]].all(), "the outer walls stand"
-        assert abs(np.diff(place)).max() <= 1 / data.FRAMES_PER_CELL + 1e-9
-        assert np.degrees(abs(np.angle(heading[1:] / heading[:-1]))).max() < 90 / data.FRAMES_PER_CELL + 0.01
         for before, after in zip(place, place[1:]):
             for axis, (a, b, along) in enumerate([(before.real, after.real, after.imag),
                                                   (before.imag, after.imag, after.real)]):
@@ -1522,7 +1366,6 @@ def test_every_window_is_equally_likely_and_none_crosses_a_boundary(three_videos
         counts[int(clip[0, 0, 0, 0])] = counts.get(int(clip[0, 0, 0, 0]), 0) + 1
     assert sorted(counts) == [50, 51, 52, 53, 54, 55, 56, 100, 101]
     assert min(counts.values()) > 150 and max(counts.values()) < 250  # 200 expected, standard deviation 13
-    assert len(pickle.dumps(videos)) < 500 and np.array_equal(pickle.loads(pickle.dumps(videos)).clip(5), videos.clip(5))
 
 
 def test_plain_arrays_are_read_without_an_index(tmp_path):
@@ -1530,79 +1373,57 @@ def test_plain_arrays_are_read_without_an_index(tmp_path):
     np.save(tmp_path / "samples.npy", samples)
     (tmp_path / "samples.npy.json").write_text('{"labels": ["red", "blue", "red"]}')
     videos = data.open_videos(tmp_path / "samples.npy", frames=6, size=8)
-    assert len(videos.videos) == videos.num_windows == 3 and data.class_names(tmp_path / "samples.npy") == ["blue", "red"]
+    assert len(videos.videos) == videos.num_windows == 3
+    assert data.class_names(tmp_path / "samples.npy") == ["blue", "red"]
     assert {videos.clip(i).tobytes() for i in range(40)} == {sample.tobytes() for sample in samples}
-    np.save(tmp_path / "one.npy", samples[0, :, :4])
-    pixels, (video,) = data.read_videos(tmp_path / "one.npy")
-    assert pixels.shape == (6, 4, 8, 3) and (video["start"], video["length"]) == (0, 6), "of any shape"
 
 
-def test_batches_do_not_depend_on_world_size_first_step_or_workers(three_videos):
-    for videos in (data.PackedVideos(three_videos, 4, 8), MazeVideos(4, 8)):
-        whole = data.batches(videos, range(4), seed=7, workers=0)
-        ranks = [data.batches(videos, range(rank, 4, 2), seed=7, workers=0, with_labels=True) for rank in range(2)]
-        steps = [next(whole) for _ in range(4)]
-        assert steps[0].shape == (4, 4, 8, 8, 3) and steps[0].dtype == torch.uint8
-        assert not torch.equal(steps[0], steps[1])
-        for number, step in enumerate(steps):
-            for rank in range(2):
-                clips, labels = next(ranks[rank])
-                assert torch.equal(clips, step[rank::2])
-                assert labels == [videos.label(7, number, i) for i in range(rank, 4, 2)]
-        before = torch.get_rng_state()
-        resumed = data.batches(videos, range(4), seed=7, first_step=2, workers=2)
-        assert all(torch.equal(next(resumed), step) for step in steps[2:])
-        assert torch.equal(steps[3][1], torch.from_numpy(videos.clip(7, 3, 1)))
-        assert torch.equal(before, torch.get_rng_state()), "the global random numbers are left alone"
+@pytest.mark.parametrize("maze", [False, True])
+def test_batches_do_not_depend_on_world_size_first_step_or_workers(maze, three_videos):
+    videos = MazeVideos(4, 8) if maze else data.PackedVideos(three_videos, 4, 8)
+    whole = data.batches(videos, range(4), seed=7, workers=0)
+    ranks = [data.batches(videos, range(rank, 4, 2), seed=7, workers=0, with_labels=True) for rank in range(2)]
+    steps = [next(whole) for _ in range(4)]
+    assert steps[0].shape == (4, 4, 8, 8, 3) and steps[0].dtype == torch.uint8
+    for number, step in enumerate(steps):
+        for rank in range(2):
+            clips, labels = next(ranks[rank])
+            assert torch.equal(clips, step[rank::2])
+            assert labels == [videos.label(7, number, i) for i in range(rank, 4, 2)]
+    resumed = data.batches(videos, range(4), seed=7, first_step=2, workers=2)
+    assert all(torch.equal(next(resumed), step) for step in steps[2:])
+    assert torch.equal(steps[3][1], torch.from_numpy(videos.clip(7, 3, 1)))
 
 
-def test_workers_end_with_their_process_and_outlive_a_signal_to_the_whole_job():
-    code = ("import os, signal, sys, data; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-            "batches = data.batches(data.MazeVideos(2, 8), range(2), seed=0); next(batches), next(batches); print('begun', flush=True)\n"
-            "sys.stdin.read(1); [next(batches) for _ in range(9)]; print('still here', flush=True)\n")
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(data.__file__).parent, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, start_new_session=True)
-    assert process.stdout.readline() == b"begun\n"
-    os.killpg(process.pid, signal.SIGTERM)
-    out, _ = process.communicate(b"x", timeout=60)  # the iterator is alive to the end, and does not keep it from ending
-    assert out == b"still here\n" and process.returncode == 0
-
-
-def test_pack_reads_every_kind_of_video(tmp_path, capfd):
+def test_pack_reads_every_kind_of_video(tmp_path):
     source = tmp_path / "source"
     write_mp4(source / "jump" / "clip one ü.mp4", 6)
+    (source / "run" / "frames").mkdir(parents=True)
     for i in range(1, 13):  # without leading zeros: frame10 must not come before frame2
-        (source / "run" / "frames").mkdir(parents=True, exist_ok=True)
         Image.new("L", (20, 12), 10 * i).save(source / "run" / "frames" / f"frame{i}.png")
     gif = [Image.new("RGB", (10, 10), (60 * i, 0, 0)) for i in range(4)]
-    gif[0].save(source / "loop.gif", save_all=True, append_images=gif[1:], duration=40)
-    gif[0].save(source / "loop.webp", save_all=True, append_images=gif[1:], duration=40, lossless=True)
-    write_npy(tmp_path / "walk.npy", 5, size=8)
-    (tmp_path / "folder").mkdir()
-    (source / "test").symlink_to(tmp_path / "folder")
-    (source / "test" / "walk.npy").symlink_to(tmp_path / "walk.npy")
+    for name in ("loop.gif", "loop.webp"):
+        gif[0].save(source / name, save_all=True, append_images=gif[1:], duration=40, lossless=True)
+    write_npy(source / "test" / "walk.npy", 5)
     torch.save(torch.full((3, 16, 24, 3), 7, dtype=torch.uint8)[:, :, ::2], source / "test" / "walk.pt")
-    (source / "notes.txt").write_text("not a video")
-    (source / ".hidden.mp4").write_text("not a video either")
+    for name in ("notes.txt", ".hidden.mp4"):
+        (source / name).write_text("not a video")
     index = data.pack(source, tmp_path / "packed.npy", size=8, workers=2, min_frames=2)
-    output = capfd.readouterr()
     assert index == json.loads((tmp_path / "packed.json").read_text()) and index["skipped"] == []
     got = [(video["name"], video["length"], video["label"], video["split"]) for video in index["videos"]]
     assert got == [("jump/clip one ü.mp4", 6, "jump", "train"), ("loop.gif", 4, None, "train"),
                    ("loop.webp", 4, None, "train"), ("run/frames", 12, "run", "train"),
                    ("test/walk.npy", 5, None, "test"), ("test/walk.pt", 3, None, "test")]
-    assert "packed 6 videos (4 train, 2 test), 34 frames" in output.out
     frames = np.load(tmp_path / "packed.npy", mmap_mode="r", allow_pickle=False)
     assert frames.shape == (34, 8, 8, 3) and frames.dtype == np.uint8
     middle = frames[:, 4, 4].astype(int)
     assert np.abs(middle[:6] - (16 + 10 * np.arange(6))[:, None]).max() <= 3, "the mp4, lossy"
     assert np.array_equal(middle[6:14, 0], [0, 60, 120, 180] * 2) and middle[6:14, 1:].max() == 0
     assert np.array_equal(middle[14:26], np.repeat(10 * np.arange(1, 13), 3).reshape(12, 3))
-    assert np.array_equal(frames[26:31], np.load(tmp_path / "walk.npy")), "right size already: not a byte changes"
+    assert np.array_equal(frames[26:31], np.load(source / "test" / "walk.npy")), "the right size: not a byte changes"
     assert (frames[31:] == 7).all()
     assert data.class_names(source) == data.class_names(tmp_path / "packed.npy") == ["jump", "run"]
     assert data.PackedVideos(tmp_path / "packed.npy", 5, 8, "test").videos[0]["name"] == "test/walk.npy"
-    assert data.PackedVideos(tmp_path / "packed.npy", 5, 8, "all").splits == ("test", "train")
 
 
 def bad_videos(folder):
@@ -1613,37 +1434,32 @@ def bad_videos(folder):
     (folder / "damaged.mp4").write_bytes(whole[:5000] + b"\xff" * 200 + whole[5200:])
     whole = write_mp4(folder / "cut.avi", 9, colour_of=noise).read_bytes()
     (folder / "cut.avi").write_bytes(whole[:len(whole) * 2 // 3])  # FFmpeg decodes what there is, without an error
-    for name in ("text.mp4", "text.gif", "text.npy", "text.pt", "empty.mkv", "empty.webp", "empty.pt"):
+    for name in ("text.mp4", "text.gif", "text.npy", "text.pt", "empty.mkv", "empty.webp"):
         (folder / name).write_text("text\n" * 100 * ("text" in name))
     for name, array in [("float", np.zeros((2, 4, 4, 3))), ("grey", np.zeros((4, 4, 3), np.uint8)),
-                        ("code", np.array([Code()])), ("several", np.zeros((1, 2, 4, 4, 3), np.uint8))]:
-        np.save(folder / f"{name}.npy", array, allow_pickle=True)
-        torch.save(Code() if name == "code" else torch.from_numpy(array), folder / f"{name}.pt")
+                        ("several", np.zeros((1, 2, 4, 4, 3), np.uint8))]:
+        np.save(folder / f"{name}.npy", array)
     torch.save({"video": torch.zeros(1)}, folder / "dict.pt")
     write_npy(folder / "short.npy", 1)
     os.symlink("nowhere.mp4", folder / "dangling.mp4")
-    os.symlink("/dev/zero", folder / "device.npy")
     os.mkfifo(folder / "pipe.mp4")
-    for name in ("pictures cut", "pictures pipe", "pictures deep"):
+    for name in ("pictures cut", "pictures deep"):
         (folder / name).mkdir()
         Image.effect_noise((20, 20), 50).save(folder / name / "0.png")
-    os.mkfifo(folder / "pictures pipe" / "1.png")
     (folder / "pictures cut" / "1.png").write_bytes((folder / "pictures cut" / "0.png").read_bytes()[:200])
     Image.fromarray(np.full((4, 4), 60000, np.uint16)).save(folder / "pictures deep" / "1.png")
     return set(os.listdir(folder))
 
 
-def test_bad_videos_are_skipped_with_the_reason(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
+def test_bad_videos_are_skipped_with_the_reason(tmp_path, capfd):
     names = bad_videos(tmp_path / "bad")
     write_npy(tmp_path / "good.npy", 2)
-    index = data.pack(tmp_path, "packed.npy", size=8, workers=2, min_frames=2)
+    index = data.pack(tmp_path, tmp_path / "packed.npy", size=8, workers=2, min_frames=2)
     assert [video["name"] for video in index["videos"]] == ["good.npy"]
     reasons = {video["name"]: video["reason"] for video in index["skipped"]}
     assert set(reasons) == {f"bad/{name}" for name in names} and all(reasons.values())
     printed = capfd.readouterr()
-    assert printed.out.count("\n") == len(names) + 1 and "Traceback" not in printed.err and "moov" not in printed.err
-    assert not Path("executed").exists()
+    assert printed.out.count("\n") == len(names) + 1 and "Traceback" not in printed.err
 
 
 def test_unusual_videos_are_read_whole_and_upright(tmp_path):
@@ -1667,9 +1483,8 @@ def test_pack_crops_the_centre_of_the_shorter_side(tmp_path):
     for name, video in [("wide", wide), ("tall", wide.transpose(0, 2, 1, 3)),
                         ("fine", np.broadcast_to(checkerboard[None, :, :, None], (2, 64, 64, 3)))]:
         np.save(tmp_path / f"{name}.npy", video.copy())
-    for name in ("wide", "tall"):
-        inner = data.decode(tmp_path / f"{name}.npy", 10)[:, 2:-2, 2:-2]  # at the edge the filter sees beyond the crop
-        assert (inner == (200, 100, 50)).all()
+    for name in ("wide", "tall"):  # at the edge the filter sees beyond the crop
+        assert (data.decode(tmp_path / f"{name}.npy", 10)[:, 2:-2, 2:-2] == (200, 100, 50)).all()
     assert np.abs(data.decode(tmp_path / "fine.npy", 8).astype(int) - 127).max() < 8, "antialiased: grey, no pattern"
 
 
@@ -1680,19 +1495,15 @@ def test_pack_honours_ucf101_lists(tmp_path):
     lists.mkdir()
     (lists / "trainlist01.txt").write_text("YoYo/v_YoYo_g08_c01.avi 101\nYoYo/v_YoYo_g09_c01.avi 101\n")
     (lists / "testlist01.txt").write_text("YoYo/v_YoYo_g01_c01.avi\r\n")
-    for source in (tmp_path / "UCF-101", tmp_path):
-        index = data.pack(source, tmp_path / f"{source.name}.npy", size=8, workers=1)
-        assert [(video["split"], video["label"]) for video in index["videos"]] == [
-            ("test", "YoYo"), ("train", "YoYo"), ("train", "YoYo")]
-        (tmp_path / f"{source.name}.npy").unlink()
+    index = data.pack(tmp_path / "UCF-101", tmp_path / "packed.npy", size=8, workers=1)
+    assert [(video["split"], video["label"]) for video in index["videos"]] == [
+        ("test", "YoYo"), ("train", "YoYo"), ("train", "YoYo")]
 
 
 def test_a_folder_is_packed_once_into_the_cache(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    videos = tmp_path / ("\N{CJK UNIFIED IDEOGRAPH-65E5}" * 80)  # 240 bytes
+    videos = tmp_path / "videos"
     write_npy(videos / "a.npy", 6)
-    with pytest.raises(data.DataError, match="--size"):
-        data.read_videos(videos)
     first = data.open_videos(videos, frames=4, size=8)
     assert "packing" in capsys.readouterr().out
     again = data.open_videos(videos, frames=4, size=8)
@@ -1700,89 +1511,84 @@ def test_a_folder_is_packed_once_into_the_cache(tmp_path, monkeypatch, capsys):
     assert Path(first.pixels.filename).parent == tmp_path / "cache" / "ssm-video-diffusion"
     write_npy(videos / "b.npy", 6)
     assert len(data.open_videos(videos, frames=4, size=8).videos) == 2, "a changed folder is packed again"
-    data.pack(videos, videos / "packed.npy", size=8, workers=1)
-    assert len(data.open_videos(videos, frames=4, size=8).videos) == 2, "a packed file is not a video"
 
 
-def test_a_pack_is_complete_or_absent_whatever_ends_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("by", ["a crash", "Ctrl-C", "Ctrl-C between the renames"])
+def test_a_pack_is_complete_or_absent_whatever_ends_it(by, tmp_path, monkeypatch):
     for i in range(12):
         write_npy(tmp_path / "source" / f"{i:02}.npy", 2 + i % 3, first=10 * i)
     data.pack(tmp_path / "source", tmp_path / "one.npy", size=8, workers=1)
 
     def decode_or_end(path, size, decode=data.decode):
-        if path.name == "07.npy" and by != "rename":
-            os.kill(os.getpid() if by == "crash" else os.getppid(), signal.SIGKILL if by == "crash" else signal.SIGINT)
+        if path.name == "07.npy":
+            os.kill(*(os.getpid(), signal.SIGKILL) if by == "a crash" else (os.getppid(), signal.SIGINT))
             time.sleep(1)
         return decode(path, size)
 
-    def replace_or_end(old, new, replace=os.replace):
-        if by == "rename" and new.exists() is (tmp_path / "two.json").exists() is False:
-            return replace(old, new)
-        raise KeyboardInterrupt  # between the two renames
+    def replace_once(old, new, replace=os.replace):
+        if (tmp_path / "two.json").exists():
+            raise KeyboardInterrupt
+        replace(old, new)
 
-    monkeypatch.setattr(data, "decode", decode_or_end)
-    monkeypatch.setattr(os, "replace", replace_or_end)
-    left = ["one.json", "one.npy", "source"]
-    for by, error, left in [("crash", data.DataError, left), ("Ctrl-C", KeyboardInterrupt, left),
-                            ("rename", KeyboardInterrupt, left + ["two.json"])]:
-        with pytest.raises(error):
-            data.pack(tmp_path / "source", tmp_path / "two.npy", size=8, workers=2)
-        assert sorted(os.listdir(tmp_path)) == left
+    between = by.endswith("renames")
+    monkeypatch.setattr(*(os, "replace", replace_once) if between else (data, "decode", decode_or_end))
+    with pytest.raises(data.DataError if by == "a crash" else KeyboardInterrupt):
+        data.pack(tmp_path / "source", tmp_path / "two.npy", size=8, workers=2)
+    assert sorted(os.listdir(tmp_path)) == ["one.json", "one.npy", "source", *["two.json"] * between]
     monkeypatch.undo()
     data.pack(tmp_path / "source", tmp_path / "two.npy", size=8, workers=2)
     for suffix in (".npy", ".json"):
         assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"two{suffix}").read_bytes()
 
 
-def test_reading_refuses_in_one_line(three_videos, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("name, frames, size, split", [
+    ("packed.npy", 500, 8, "train"), ("packed.npy", 4, 16, "train"), ("packed.npy", 4, 8, "test"),
+    ("maze", 4, 4, "train"), ("maze", 0, 8, "train"), *[(name, 4, 8, "train") for name in (
+        "missing", "missing.npy", "empty", "text.mp4", "notes.txt", "text.npy", "floats.npy", "grey.npy", "zero.npy",
+        "cut.npy", "pipe.npy", "list.npy", "keys.npy", "fewer.npy")]])
+def test_reading_refuses_in_one_line(name, frames, size, split, three_videos, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
-    for name in ("text.mp4", "notes.txt", "text.npy"):
-        Path(name).write_text("text")
-    for name, array in [("objects", np.array([Code()])), ("floats", np.zeros((4, 8, 8, 3), np.float32)),
-                        ("grey", np.zeros((4, 8, 8), np.uint8)), ("zero", np.zeros((0, 8, 8, 3), np.uint8))]:
-        np.save(f"{name}.npy", array, allow_pickle=True)
+    for text in ("text.mp4", "notes.txt", "text.npy"):
+        Path(text).write_text("text")
+    for array, shape, dtype in [("floats", (4, 8, 8, 3), np.float32), ("grey", (4, 8, 8), np.uint8),
+                                ("zero", (0, 8, 8, 3), np.uint8)]:
+        np.save(f"{array}.npy", np.zeros(shape, dtype))
     Path("cut.npy").write_bytes(three_videos.read_bytes()[:-1])
     os.mkfifo("pipe.npy")
-    index = json.loads(Path("packed.json").read_text())
-    for name, part in [("list", []), ("keys", {"videos": [{}]}), ("fewer", {"videos": index["videos"][:2]})]:
-        Path(f"{name}.npy").write_bytes(three_videos.read_bytes())
-        Path(f"{name}.json").write_text(json.dumps(part))
-    for path, frames, size, split, words in [
-        ("packed.npy", 500, 8, "train", "--frames 500"), ("packed.npy", 4, 16, "train", "--size 16"),
-        ("packed.npy", 4, 8, "test", "'test'"), ("maze", 4, 4, "train", "--size 4"), ("maze", 0, 8, "train", "--frames 0"),
-        *[(name, 4, 8, "train", name.split(".")[0]) for name in (
-            "missing", "missing.npy", "empty", "text.mp4", "notes.txt", "text.npy", "objects.npy", "floats.npy", "grey.npy",
-            "zero.npy", "cut.npy", "pipe.npy", "list.npy", "keys.npy", "fewer.npy")]]:
-        with pytest.raises(data.DataError, match=words) as refusal:
-            data.open_videos(path, frames, size, split)
-        assert "\n" not in str(refusal.value)
+    fewer = json.loads(Path("packed.json").read_text())["videos"][:2]
+    for index, part in [("list", []), ("keys", {"videos": [{}]}), ("fewer", {"videos": fewer})]:
+        shutil.copy(three_videos, f"{index}.npy")
+        Path(f"{index}.json").write_text(json.dumps(part))
+    with pytest.raises(data.DataError) as refusal:
+        data.open_videos(name, frames, size, split)
+    assert "\n" not in str(refusal.value)
 
 
-def test_packing_never_overwrites(three_videos, tmp_path):
+@pytest.mark.parametrize("source, out", [("packed.npy", "again.npy"), ("source", "packed.npy"), ("source", "mine.npy"),
+                                         ("source", "mine.npz")])
+def test_packing_never_overwrites(source, out, three_videos, tmp_path):
     before = three_videos.read_bytes()
     (tmp_path / "mine.json").write_text('["not an index"]')
-    for source, out, words in [("packed.npy", "again.npy", "packed already"), ("source", "packed.npy", "does not exist yet"),
-                               ("source", "mine.npy", "mine.json is not an index"), ("source", "mine.npz", "ends in .npy")]:
-        with pytest.raises(data.DataError, match=words):
-            data.pack(tmp_path / source, tmp_path / out, size=8)
+    with pytest.raises(data.DataError):
+        data.pack(tmp_path / source, tmp_path / out, size=8)
     assert three_videos.read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["mine.json", "packed.json", "packed.npy", "source"]
 
 
-def test_command_line(tmp_path):
-    out = tmp_path / (os.fsdecode(b"maze-\xe9.npy") if sys.platform == "linux" else "maze.npy")  # no UTF-8
+def test_the_command_of_data(tmp_path):
+    out = tmp_path / "maze.npy"
     for source, status, stdout, stderr in [("maze", 0, "packed 2 videos (2 train, 0 test), 10 frames of 8x8 into", ""),
                                            (tmp_path / "missing", 1, "", "data.py: .*missing cannot be read")]:
-        done = subprocess.run([sys.executable, data.__file__, source, "--size", "8", "--frames", "5", "--num", "2", "--out",
-                               out], capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+        done = subprocess.run([sys.executable, data.__file__, source, "--size", "8", "--frames", "5", "--num", "2",
+                               "--out", out], capture_output=True, text=True)
         assert done.returncode == status and done.stdout.startswith(stdout) and done.stdout.count("\n") == 1 - status
         assert re.match(stderr, done.stderr) and done.stderr.count("\n") <= (1 if status else 9)
     assert np.array_equal(np.load(out)[5:], MazeVideos(5, 8).clip(0, 1))
 
 
-# ---------------------------------------------------------------------------------------- I3D, written again
+# ------------------------------------------------------------------------------------------------ fvd
 
 
 @pytest.fixture(scope="module")
@@ -1930,17 +1736,11 @@ def test_resize_and_range():
             assert (ours - scaled).abs().max() < 1e-5
 
 
-# ---------------------------------------------------------------------------------------- Fréchet distance
-
-
-def rotation(d, seed=0):
-    return np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
-
-
 @pytest.mark.parametrize("d", [5, 400])
 @pytest.mark.parametrize("unit", [1e-6, 1, 1e6])
 def test_commuting_gaussians_over_twelve_decades(d, unit):
-    q, rng = rotation(d), np.random.default_rng(1)
+    rng = np.random.default_rng(1)
+    q = np.linalg.qr(rng.normal(size=(d, d)))[0]
     a, b = (10 ** rng.uniform(-12, 0, d) * unit ** 2 for _ in range(2))
     mu1, mu2 = rng.normal(size=(2, d)) * unit
     cov1, cov2 = (q * a) @ q.T, (q * b) @ q.T
@@ -1975,16 +1775,6 @@ def test_rank_one_and_zero_covariances():
     assert 0 <= fvd.frechet_distance(mu, rank1, mu, rank1) <= 1e-9 * (u @ u)
 
 
-@pytest.mark.filterwarnings("ignore")  # NumPy's, about the covariance of one
-@pytest.mark.parametrize("x, y", [(np.eye(3), np.eye(4)), (np.eye(3)[:1], np.eye(3)), (np.nan * np.eye(3), np.eye(3))])
-def test_fvd_refuses(x, y):
-    with pytest.raises(fvd.FVDError):
-        fvd.fvd(x, y)
-
-
-# ---------------------------------------------------------------------------------------- weights
-
-
 def test_download(weights_file, tmp_path, monkeypatch):
     path = tmp_path / "i3d.pt"
     (tmp_path / "page.html").write_text("<html>")
@@ -2002,9 +1792,6 @@ def test_download(weights_file, tmp_path, monkeypatch):
 @pytest.mark.parametrize("frames, published", [(16, 152.92), (24, 66.06)])
 def test_published_constants(frames, published):
     assert abs(fvd.black_against_white(fvd.load_i3d(os.environ["I3D_WEIGHTS"]), frames) - published) <= 1
-
-
-# ---------------------------------------------------------------------------------------- fvd.py as a command
 
 
 class Scripted(torch.nn.Module):
@@ -2060,15 +1847,13 @@ def test_the_result_is_that_of_the_features_and_says_everything(fvd_command, scr
     others = [fvd_command(flags, out=f"{i}.json") for i, flags in enumerate(
         ("--window random", "--resize half-pixel", "--range 01", "--num-real 11", "--num-fake 8"))]
     assert len({other["fvd"] for other in (result, *others)}) == 6  # whatever the cache holds
-    assert sum("PyTorch ports" in note or "released evaluation" in note for r in others for note in r["notes"]) == 2
 
 
 def test_protocols(fvd_command, monkeypatch):
     monkeypatch.setitem(fvd.PROTOCOLS["paper, MineRL"], "num_fake", 5)
     result = fvd_command("--protocol paper")
-    request = result["request"]
-    assert (request["protocol"], request["split"], request["window"]) == ("paper, MineRL", "train", "random")
-    assert request["fake"]["videos"] == 5
+    assert result["request"].items() >= {"protocol": "paper, MineRL", "split": "train", "window": "random"}.items()
+    assert result["request"]["fake"]["videos"] == 5
     assert "differs from --protocol paper, MineRL: num_real 12, not 961" in result["notes"]
 
 
@@ -2090,13 +1875,6 @@ def test_clips_are_cut_where_they_should(tmp_path):
     assert [clip[0] // 50 for clip in strided] == [2, 3] and (np.diff(strided) == 2).all()
     assert clips(window="random", seed=1) == clips(window="random", seed=1) != clips(window="random", seed=2)
     assert len({str(clips(num=2, seed=seed)) for seed in range(20)}) > 3
-
-
-def test_folders_are_read_through_data(fvd_command):
-    Path("folder").mkdir()
-    for i, video in enumerate(np.load("fake.npy")):
-        np.save(f"folder/{i}.npy", video)
-    assert fvd_command("--fake folder --size 16", out="folder.json")["fvd"] == fvd_command()["fvd"]
 
 
 @pytest.mark.parametrize("after", [2, 5])
@@ -2126,16 +1904,13 @@ def test_a_result_is_never_overwritten_by_another(fvd_command):
 
 
 @pytest.mark.parametrize("flags", [
-    "--real float.npy", "--real folder", "--real short.npy", "--fake short.npy", "--fake uneven.npy", "--frames 8",
-    "--split test", "--stride 2", "--num-fake 10", "--num-real 1000", "--protocol 2048", "--repeats 0",
-    "--i3d none.pt", "--i3d other.pt", "--i3d code.pt", "--i3d SCRIPTED", "--i3d-torchscript other.pt", ""])
+    "--real float.npy", "--real folder", "--real short.npy", "--fake short.npy", "--frames 8", "--split test",
+    "--stride 2", "--num-fake 10", "--num-real 1000", "--protocol 2048", "--repeats 0", "--i3d none.pt",
+    "--i3d other.pt", "--i3d code.pt", "--i3d SCRIPTED", "--i3d-torchscript other.pt", ""])
 def test_fvd_bad_input_is_one_line(fvd_command, scripted_file, flags, capfd):
     np.save("float.npy", np.zeros((4, 9, 8, 8, 3), np.float32))
     np.save("short.npy", np.zeros((4, 8, 8, 8, 3), np.uint8))
-    np.save("uneven.npy", np.zeros((20, 8, 8, 3), np.uint8))
-    videos = [{"name": "", "start": a, "length": n, "label": None, "split": "train"} for a, n in ((0, 9), (9, 11))]
-    Path("uneven.json").write_text(json.dumps({"size": 8, "videos": videos}))
-    Path("folder").mkdir()
+    write_npy(Path("folder", "0.npy"), 9)
     torch.save({"x": 1}, "other.pt")
     Path("code.pt").write_bytes(pickle.dumps(Code()))
     flags = flags.replace("SCRIPTED", str(scripted_file))
@@ -2164,13 +1939,12 @@ def test_with_i3d_itself(fvd_command, net, weights_file, monkeypatch):
 
 def test_two_processes_give_the_fvd_of_one(fvd_command, scripted_file):
     expected = fvd_command()
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(HERE / "fvd.py"),
-                    *f"--real real.npy --fake fake.npy --i3d-torchscript {scripted_file} --cache two --device cpu "
-                    "--batch-size 4 --repeats 3 --out two.json".split()], check=True, timeout=100)
+    torchrun(2, HERE / "fvd.py", *f"--real real.npy --fake fake.npy --i3d-torchscript {scripted_file} --cache two "
+             "--device cpu --batch-size 4 --repeats 3 --out two.json".split())
     assert json.loads(Path("two.json").read_text()) == expected
 
 
-# ------------------------------------------------------------------------------------------------ bench.py
+# ------------------------------------------------------------------------------------------------ bench
 
 
 def bench_command(monkeypatch, *flags):
@@ -2190,13 +1964,12 @@ def test_bench_measures_and_keeps_what_does_not_fit(monkeypatch, capsys, tmp_pat
 
 
 def test_bench_survives_a_killed_row_and_leaves_a_table_when_interrupted(monkeypatch, capsys, tmp_path):
-    """In the place of the rows' processes: one that is killed, two that answer, one during which Ctrl-C is pressed."""
+    """In the place of the rows' processes: one that is killed, one that answers, and Ctrl-C during the next."""
     process, out = tmp_path / "python", tmp_path / "bench.md"
     process.write_text("""#!/bin/sh
         case "$*" in
         *"--temporal ssm --frames 1 "*) kill -9 $$;;
         *"--temporal attention --frames 1 "*) echo '[1, 2, 16, 70]';;
-        *"--temporal ssm --frames 2 "*) echo '[2, 4, 8, 50]';;
         *) kill -INT $PPID; sleep 60;;
         esac""")
     process.chmod(0o755)
@@ -2204,8 +1977,7 @@ def test_bench_survives_a_killed_row_and_leaves_a_table_when_interrupted(monkeyp
     flags = ["--what", "train", "--frames", 1, 2, "--temporal", "ssm", "attention", "--out", out]
     assert "interrupted" in bench_command(monkeypatch, *flags)
     assert out.read_text() == capsys.readouterr().out and out.read_text().splitlines()[4:] == [
-        "| train | 1 | ssm | ours | out of memory |", "| train | 1 | attention | ours | 1 | 2 | 16 | 70 | 1 | 1 |",
-        "| train | 2 | ssm | ours | 2 | 4 | 8 | 50 | 1 | 1 |"]
+        "| train | 1 | ssm | ours | out of memory |", "| train | 1 | attention | ours | 1 | 2 | 16 | 70 | 1 | 1 |"]
 
 
 def test_the_widest_network_within_a_budget(monkeypatch, capsys):
@@ -2218,8 +1990,8 @@ def test_the_widest_network_within_a_budget(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--size", 12], ["--base-channels", 12], ["--state-size", 7], ["--out", "missing/bench.md"], ["--temporal", "lstm"],
-    ["--frames", 0], ["--device", "tpu"], ["--budget-gb", 0], ["--temporal", "mamba", "--baseline"]])
+    ["--size", 12], ["--state-size", 7], ["--out", "missing/bench.md"], ["--frames", 0], ["--device", "tpu"],
+    ["--temporal", "mamba", "--baseline"]])
 def test_bench_refuses_in_one_line(flags, monkeypatch, capsys):
     code = bench_command(monkeypatch, *flags)
     told = code if isinstance(code, str) else capsys.readouterr().err
@@ -2239,12 +2011,11 @@ class TransformerTemporalModel(torch.nn.Module):
 
     def forward(self, x, num_frames):
         """(batch·frames, c, h, w) -> the same."""
-        b, c, h, w = x.shape[0] // num_frames, *x.shape[1:]
-        hidden = x.view(b, num_frames, c, h, w).permute(0, 3, 4, 1, 2).reshape(b * h * w, num_frames, c)
-        hidden = self.proj_in(hidden)
+        bf, c, h, w = x.shape
+        hidden = self.proj_in(x.view(-1, num_frames, c, h, w).permute(0, 3, 4, 1, 2).reshape(-1, num_frames, c))
         for block in self.transformer_blocks:
             hidden = block(hidden, encoder_hidden_states=None, timestep=None)
-        return x + self.proj_out(hidden).view(b, h, w, num_frames, c).permute(0, 3, 4, 1, 2).reshape(x.shape)
+        return x + self.proj_out(hidden).view(-1, h, w, num_frames, c).permute(0, 3, 4, 1, 2).reshape(x.shape)
 
 
 def test_the_readmes_drop_in_runs_as_printed():

@@ -13,7 +13,7 @@ and, at the end, loss.png. Stop it at any time: the same command resumes from th
 
 Glossary
     x_0, t, noise   as in diffusion.py
-    step            finished training steps; it keys the random numbers of the next one
+    step            counts from 1; its random numbers have the key step - 1, the steps finished before it
     EMA             exponential moving average of the weights; samples and held-out losses come from it
 """
 import argparse
@@ -78,7 +78,7 @@ MAY_CHANGE = {"preset", "steps", "log_every", "eval_every", "sample_every", "sav
               "compile", "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips",
               "grid_samples", "attention_impl", "fvd_every", "fvd_videos", "i3d", "deterministic"}
 
-LABEL_DROPOUT = 0.1  # share of the labels that training hides, so that the network learns to do without, too
+LABEL_DROPOUT = 0.1  # share of the labels that training hides: classifier-free guidance needs the unconditional network
 
 
 def train(args):
@@ -89,7 +89,7 @@ def train(args):
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     net = UNet3D(unet_config(args), args.grad_checkpoint)
     say(describe(args, net, device))
-    join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo: to stop without waiting for a GPU
+    join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo carries the stop flag
     net.to(device)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=device.type in ("cpu", "cuda"))
@@ -155,18 +155,17 @@ def train(args):
         def due(every, wanted=True):
             return bool(wanted) and (step % every == 0 or step == args.steps)
 
-        evaluate, grid = due(args.eval_every, args.eval_clips), due(args.sample_every, args.grid_samples)
-        measure, stop = due(args.fvd_every, args.i3d), stop_asked()
-        save = due(args.save_every) or stop
+        stop = stop_asked()
+        patient = not stop or step == args.steps  # a stop does not wait for samples: a scheduler gives half a minute
+        evaluate, grid = due(args.eval_every, args.eval_clips), due(args.sample_every, args.grid_samples and patient)
+        measure, save = due(args.fvd_every, args.i3d and patient), due(args.save_every) or stop
         if not (evaluate or grid or measure or save or due(args.log_every)):
             continue
         record = {"step": step} | mean_and_check(pending, timer, parameters, args)
         if evaluate:
             record |= held_out_loss(ema, diffusion, held_out, args)
         if grid:
-            samples = draw_samples(ema, diffusion, args, args.grid_samples)
-        if grid and rank == 0:
-            save_gif(args.out / "samples" / f"step_{step:07d}.gif", samples)
+            save_grid(ema, diffusion, args, step)
         if measure:
             record["fvd"] = sampled_fvd(ema, i3d, diffusion, videos, args)
 
@@ -228,11 +227,12 @@ def held_out_loss(net, diffusion, videos, args):
     losses = torch.zeros(args.eval_clips, 4, device=device)
     with autocast(device, args.precision), kernels_once(net, args.frames):
         for i in range(rank, args.eval_clips, world_size):
-            x_0 = to_float(torch.from_numpy(videos.clip(i))).to(device)                     # c f h w
+            clip, label = videos.clip_and_label(i)
+            x_0 = to_float(torch.from_numpy(clip)).to(device)                               # c f h w
             draws = [training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T) for quartile in range(4)]
             t = torch.cat([(quartile * diffusion.T + t) // 4 for quartile, (t, _) in enumerate(draws)]).to(device)
             noise = torch.cat([noise for _, noise in draws]).to(device)                     # 4 c f h w
-            labels = label_numbers([videos.label(i)] * 4, args.classes, device) if args.classes else None
+            labels = label_numbers([label] * 4, args.classes, device) if args.classes else None
             denoiser = functools.partial(net, labels=labels)
             losses[i] = diffusion.loss(denoiser, x_0.expand_as(noise), t, noise, args.loss)
     if world_size > 1:
@@ -258,6 +258,13 @@ def draw_samples(net, diffusion, args, count):
     return np.stack([everyone[i] for i in range(count)])
 
 
+def save_grid(net, diffusion, args, step):
+    """Draw samples and write them side by side as a GIF."""
+    samples = draw_samples(net, diffusion, args, args.grid_samples)
+    if processes()[0] == 0:
+        save_gif(args.out / "samples" / f"step_{step:07d}.gif", samples)
+
+
 def sampled_fvd(net, i3d, diffusion, videos, args):
     """FVD between the first samples and as many training clips. Biased upwards, as they are few: it shows the trend,
     fvd.py the number."""
@@ -270,8 +277,8 @@ def sampled_fvd(net, i3d, diffusion, videos, args):
 
 
 def watch_signals():
-    """From here on Ctrl-C or a kill asks for a stop after the current step, the second of a kind exits at once. -> a
-    function that tells whether any process was asked."""
+    """From here on the first Ctrl-C or SIGTERM asks for a stop after the current step; a second one of the same kind
+    exits at once. -> a function that tells whether any process was asked."""
     received = set()
 
     def on_signal(number, frame):
@@ -325,8 +332,8 @@ def save_checkpoint(out, step, config, net, ema, optimizer):
         try:
             torch.save({"step": step, "config": config, "unet": dataclasses.asdict(net.config),
                         "model": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}, file)
-        except RuntimeError as error:  # torch's way to say that the disk is full
-            raise OSError(f"{gist(error)}; no space left?") from None
+        except RuntimeError as error:  # how torch says that the disk is full
+            raise OSError(f"{gist(error)} (is the disk full?)") from None
     if (out / "ckpt.pt").exists():
         os.replace(out / "ckpt.pt", out / "ckpt_previous.pt")
     os.replace(out / "ckpt_next.pt", out / "ckpt.pt")
@@ -335,7 +342,9 @@ def save_checkpoint(out, step, config, net, ema, optimizer):
 def resume(args, config, net, ema, optimizer):
     """Load the newest checkpoint of a run, if there is one -> its step, or 0, and lines about it. Raises UserError for
     settings that must not change, and for a checkpoint that cannot be used."""
-    path = next((path for path in (args.out / "ckpt.pt", args.out / "ckpt_previous.pt") if path.exists()), None)
+    # ckpt_next.pt is there between two renames only, is complete then, and the newest
+    paths = [args.out / name for name in ("ckpt_next.pt", "ckpt.pt", "ckpt_previous.pt")]
+    path = next((path for path in paths if path.exists()), None)
     ckpt = load_checkpoint(path) if path else {"step": 0}
     agree(ckpt["step"], f"--out {args.out} holds different checkpoints on different machines; expected a shared folder")
     if not path:
@@ -369,7 +378,7 @@ def start_log(args, config, first_step):
         file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step)
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-        return SummaryWriter(args.out / "tensorboard", purge_step=first_step)
+        return SummaryWriter(args.out / "tensorboard", purge_step=first_step + 1)
 
 
 def write_record(record, args, tensorboard):
@@ -382,8 +391,8 @@ def write_record(record, args, tensorboard):
     tqdm.write(f"step {record['step']}/{args.steps}  loss {record['loss']:.4f}{held_out}{distance}  grad norm "
                f"{record['grad_norm']:.3f}  {record['seconds_per_step']:.3f} s/step  {record['clips_per_second']:.1f} "
                f"clips/s  {record['peak_memory_mb']:.0f} MB  ETA {left}")
-    for name in {"loss", "grad_norm", "seconds_per_step", "held_out_loss", "fvd"} & record.keys():
-        if tensorboard:
+    if tensorboard:
+        for name in {"loss", "grad_norm", "seconds_per_step", "held_out_loss", "fvd"} & record.keys():
             tensorboard.add_scalar(name, record[name], record["step"])
 
 
@@ -501,7 +510,7 @@ def make_parser():
     add("--grad-clip", None, "largest gradient norm (not clipped)", type=positive_float)
     add("--ema-decay", 0.995, "decay of the EMA weights, per update", type=zero_to_one)
     add("--ema-every", 10, "steps between EMA updates", type=positive_int)
-    add("--ema-start", 2000, "until this step the EMA is a copy", type=non_negative_int)
+    add("--ema-start", 2000, "step from which the EMA is an average, before it a copy", type=non_negative_int)
     add("--seed", 0, "of first weights, clips, timesteps and noise", type=non_negative_int)
 
     group = parser.add_argument_group("speed and memory")
