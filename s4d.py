@@ -280,10 +280,22 @@ def toeplitz_conv(u, K, reverse):
                         for K_i, backward in zip(K, reverse)], 1)                           # d k 2L-1: -(L-1) .. L-1
     # to u's dtype last: the gradient of K, a sum of L terms, stays float32
     T = lags.unfold(-1, L, 1).flip(-1).to(u.dtype).flatten(1, 2)                            # d k·L L: lag i-j at i, j
-    # the one place where channels come first; plain transpositions of matrices, since those are fast
-    u = u.transpose(0, 1).reshape(-1, d).T.contiguous().view(d, L, -1)                      # d L b·p
-    y = torch.bmm(T, u).view(d, -1).T.contiguous().view(-1, L, b, p, d)                     # k L b p d
+    u = Transpose.apply(u.transpose(0, 1).reshape(-1, d)).view(d, L, -1)                    # d L b·p
+    y = Transpose.apply(torch.bmm(T, u).view(d, -1)).view(-1, L, b, p, d)                   # k L b p d
     return y.transpose(1, 2).contiguous()
+
+
+class Transpose(torch.autograd.Function):
+    """A matrix, and in the backward pass its gradient, transposed in memory: what strides are left to cost much more."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.T.contiguous()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad.T.contiguous()
 
 
 def fft_conv(u, K, reverse):
@@ -291,14 +303,18 @@ def fft_conv(u, K, reverse):
 
     Never in half precision: cuFFT takes only powers of two there, and 200 or 400 frames are none.
     """
-    L = u.shape[1]
+    b, L, p, d = u.shape
     n = fast_fft_length(2 * L - 1)
     with autocast_off(u.device):
-        U = torch.fft.rfft(at_least_float32(u), n, dim=1)                                   # b n/2+1 p d
-        spectra = torch.fft.rfft(K.mT, n, dim=1)[:, :, None]                                # k n/2+1 1 d
-        # a kernel reversed in time has the conjugate spectrum
-        spectra = [spectrum.conj() if backward else spectrum for spectrum, backward in zip(spectra, reverse)]
-        return [torch.fft.irfft(U * spectrum, n, dim=1)[:, :L].to(u.dtype) for spectrum in spectra]
+        u_by_frames = Transpose.apply(at_least_float32(u).transpose(0, 1).reshape(L, -1)).view(b, p, d, L)
+        U = torch.fft.rfft(u_by_frames, n)                                                  # b p d n/2+1
+        ys = []
+        for spectrum, backward in zip(torch.fft.rfft(K, n), reverse):                       # d n/2+1
+            # a kernel reversed in time has the conjugate spectrum
+            y = torch.fft.irfft(U * (spectrum.conj() if backward else spectrum), n)[..., :L]  # b p d L
+            y = Transpose.apply(y.reshape(-1, L)).view(L, b, p, d)
+            ys.append(y.transpose(0, 1).to(u.dtype))                                        # b L p d
+    return ys
 
 
 def fast_fft_length(n):

@@ -323,6 +323,8 @@ def take_folder(out):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, its children do not hold it after its death
     except BlockingIOError:
         raise UserError(f"--out {out} is in use by another training; wait for it or choose another folder") from None
+    if (out / "ckpt_next.pt").exists():  # killed between two renames
+        rename_checkpoints(out)
     return lock
 
 
@@ -334,6 +336,11 @@ def save_checkpoint(out, step, config, net, ema, optimizer):
                         "model": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}, file)
         except RuntimeError as error:  # how torch says that the disk is full
             raise OSError(f"{gist(error)} (is the disk full?)") from None
+    rename_checkpoints(out)
+
+
+def rename_checkpoints(out):
+    """ckpt_next.pt becomes ckpt.pt, which becomes ckpt_previous.pt."""
     if (out / "ckpt.pt").exists():
         os.replace(out / "ckpt.pt", out / "ckpt_previous.pt")
     os.replace(out / "ckpt_next.pt", out / "ckpt.pt")
@@ -342,9 +349,7 @@ def save_checkpoint(out, step, config, net, ema, optimizer):
 def resume(args, config, net, ema, optimizer):
     """Load the newest checkpoint of a run, if there is one -> its step, or 0, and lines about it. Raises UserError for
     settings that must not change, and for a checkpoint that cannot be used."""
-    # ckpt_next.pt is there between two renames only, is complete then, and the newest
-    paths = [args.out / name for name in ("ckpt_next.pt", "ckpt.pt", "ckpt_previous.pt")]
-    path = next((path for path in paths if path.exists()), None)
+    path = next((path for path in (args.out / "ckpt.pt", args.out / "ckpt_previous.pt") if path.exists()), None)
     ckpt = load_checkpoint(path) if path else {"step": 0}
     agree(ckpt["step"], f"--out {args.out} holds different checkpoints on different machines; expected a shared folder")
     if not path:
