@@ -15,7 +15,6 @@ counts at the paper's width.
 """
 import functools
 import math
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +29,6 @@ from s4d import (S6, DiagonalSSM, TemporalSSM, at_least_float32, autocast_off, b
 TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "gss", "mamba", "none")
 SSMS = ("s4d", "s6")
 ATTENTION_IMPLS = ("sdpa", "math")
-SPATIAL_HEAD_DIM = 32
 MAX_SEQUENCES = 2 ** 15  # per call of attention: its fused CUDA kernels fail beyond 65,535
 MAX_LOGITS = 2 ** 29  # of temporal attention at once: the gradient of its bias exists for each of them
 
@@ -105,7 +103,7 @@ class UNet3D(nn.Module):
     def forward(self, x, t, labels=None):
         self.check_shapes(x, t, labels)
         run = self.run
-        temporal_args = () if self.position_bias is None else (self.position_bias(x.shape[2]),)
+        temporal_args = () if self.position_bias is None else (self.position_bias(x.shape[2]),)  # (heads, f, f)
         time_embedding = self.time_mlp(sinusoidal_embedding(t, self.config.base_channels))  # b time_dim
         if self.class_embedding is not None:
             labels = torch.full_like(t, self.config.classes) if labels is None else labels
@@ -137,16 +135,15 @@ class UNet3D(nn.Module):
         return recomputed(block, *args) if self.grad_checkpoint else block(*args)
 
     def check_shapes(self, x, t, labels):
-        channels, factor = self.config.video_channels, 2 ** (len(self.config.channel_mults) - 1)
-        if x.dim() != 5 or x.shape[1] != channels or 0 in x.shape:
-            raise ValueError(f"video has shape {tuple(x.shape)}; expected (batch, {channels}, frames, height, width)")
-        if x.shape[3] % factor or x.shape[4] % factor:
-            raise ValueError(f"video is {x.shape[3]}x{x.shape[4]}; expected height and width divisible by {factor}")
-        if t.shape != x.shape[:1]:
-            raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one step per video")
-        if labels is not None and (self.class_embedding is None or labels.shape != t.shape):
-            raise ValueError(f"labels have shape {tuple(labels.shape)}; this network of {self.config.classes} classes "
-                             f"expected {tuple(t.shape) if self.config.classes else 'none'}")
+        channels, factor = self.config.video_channels, 2 ** len(self.down) // 2
+        if x.dim() != 5 or x.shape[1] != channels or 0 in x.shape or x.shape[3] % factor or x.shape[4] % factor:
+            raise ValueError(f"video has shape {tuple(x.shape)}; expected (batch, {channels}, frames, height, width), "
+                             f"height and width divisible by {factor}")
+        if labels is not None and self.class_embedding is None:
+            raise ValueError("labels were given; this network has no classes")
+        for name, value in (("t", t), ("labels", t if labels is None else labels)):
+            if value.shape != x.shape[:1]:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}; expected ({x.shape[0]},), one per video")
 
 
 class Level(nn.Module):
@@ -186,12 +183,9 @@ def compile_tails(backend="inductor"):
     than 64 shapes, raises an error of torch._dynamo: it never falls back to eager execution unnoticed.
     """
     import torch._dynamo.config as dynamo
-    for old, new, value in [("cache_size_limit", "recompile_limit", 64),                    # old: torch 2.5
-                            ("fail_on_cache_limit_hit", "fail_on_recompile_limit_hit", True)]:
-        setattr(dynamo, new if hasattr(dynamo, new) else old, value)
-    this = sys.modules[__name__]
-    for module, name in [(s4d, "ssm_tail"), (this, "norm_act"), (this, "linear_attention")]:
-        setattr(module, name, torch.compile(getattr(module, name), backend=backend, fullgraph=True, dynamic=False))
+    dynamo.cache_size_limit, dynamo.fail_on_cache_limit_hit = 64, True  # aliases of later names
+    for names, name in [(vars(s4d), "ssm_tail"), (globals(), "norm_act"), (globals(), "linear_attention")]:
+        names[name] = torch.compile(names[name], backend=backend, fullgraph=True, dynamic=False)
 
 
 def count_parameters(module):
@@ -248,14 +242,14 @@ def norm_act(x, weight, bias, groups, scale=None, shift=None):
         return F.silu(group_norm(x, weight, bias, groups, scale, shift).to(x.dtype))
 
 
-def native_group_norm(x, weight, bias, groups, scale=None, shift=None):
+def native_group_norm(x, weight, bias, groups, scale, shift):
     """For CPUs; on a GPU it would leave all the frames of a group to one block of threads."""
     y = F.group_norm(x.flatten(1, 2).permute(0, 3, 1, 2), groups, weight, bias)             # b c f·h w
     y = y.permute(0, 2, 3, 1).reshape(x.shape)
-    return y if scale is None else torch.addcmul(per_video(shift), y, per_video(scale) + 1)
+    return y if scale is None else torch.addcmul(shift[:, None, None, None], y, scale[:, None, None, None] + 1)
 
 
-def framewise_group_norm(x, weight, bias, groups, scale=None, shift=None, eps=1e-5):
+def framewise_group_norm(x, weight, bias, groups, scale, shift, eps=1e-5):
     """The same from sums over each frame, which keep all of a GPU busy; in float32, with no copy of x in float32."""
     parts, dtype = x.unflatten(-1, (groups, -1)), at_least_float32(weight).dtype            # b f h w g c/g
     size = math.prod(parts.shape[2:4]) * parts.shape[5]
@@ -267,18 +261,14 @@ def framewise_group_norm(x, weight, bias, groups, scale=None, shift=None, eps=1e
     offset = bias - mean * gain                             # GroupNorm(x) = x · gain + offset
     if scale is not None:
         gain, offset = gain * (scale + 1), offset * (scale + 1) + shift
-    return torch.addcmul(per_video(offset.to(x.dtype)), x, per_video(gain.to(x.dtype)))
-
-
-def per_video(x):
-    """(b, c) -> (b, 1, 1, 1, c)."""
-    return x[:, None, None, None]
+    gain, offset = (z.to(x.dtype)[:, None, None, None] for z in (gain, offset))             # b 1 1 1 c
+    return torch.addcmul(offset, x, gain)
 
 
 class SpatialLinearAttention(nn.Module):
     """Linear attention (Shen et al. 2018) over the positions of each frame, pre-norm, residual."""
 
-    def __init__(self, channels, heads, head_dim=SPATIAL_HEAD_DIM, bias=True):
+    def __init__(self, channels, heads, head_dim=32, bias=True):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(channels, bias=False)
@@ -348,38 +338,35 @@ def make_temporal_layer(config, channels):
 class TemporalAttention(nn.Module):
     """Attention over the frames at each position, as in VDM: pre-norm, residual, rotary, relative bias, no biases.
 
-    head_dim: even.
-    impl: "sdpa", PyTorch's fused attention (where it has it: not on a CPU in training, since the bias needs a gradient)
-        on some positions at a time, recomputed in the backward pass: memory is linear in the frames, in training too.
-        (Fused kernels alone would not do: the gradient of the bias is of the size of the logits, (p, heads, f, f), for
-        all the positions that are treated at once.)
+    head_dim: even. forward: X (b, f, ..., c), bias (heads, f, f) -> the shape of X.
+    impl: "sdpa", PyTorch's fused attention (a CPU has none in training, where the bias needs a gradient) on some
+        positions at a time, recomputed in the backward pass: memory is linear in the frames, in training too. (The
+        kernel alone would not do: the gradient of the bias exists for every logit, (p, heads, f, f), of the positions
+        that are treated at once.)
         "math", the formula with all logits kept: the memory that the paper reports, quadratic in the frames.
-    forward: X (b, f, ..., c), bias (heads, f, f) -> the shape of X.
     """
 
     def __init__(self, channels, heads, head_dim, impl="sdpa"):
         super().__init__()
         if head_dim % 2:
-            raise ValueError(f"head_dim is {head_dim}; expected an even number, since the rotary embedding turns "
-                             "features in pairs")
+            raise ValueError(f"head_dim is {head_dim}; expected an even number: the rotary embedding turns pairs")
         if impl not in ATTENTION_IMPLS:
             raise ValueError(f"attention_impl is {impl!r}; expected one of {', '.join(ATTENTION_IMPLS)}")
         self.heads, self.impl = heads, impl
         self.norm = nn.LayerNorm(channels, bias=False)
         self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
         self.to_out = nn.Linear(heads * head_dim, channels, bias=False)
-        self.register_buffer("rotary_freqs", rotary_frequencies(head_dim), persistent=False)
+        rotary_dim = min(32, head_dim)  # only the first 32 features are rotated
+        freqs = 10_000 ** (-torch.arange(0, rotary_dim, 2).float() / rotary_dim)            # angle per frame
+        self.register_buffer("rotary_freqs", freqs, persistent=False)
 
     def forward(self, X, bias=None):
         check_frames(X, self.norm)
         b, f, c = X.shape[0], X.shape[1], X.shape[-1]
         x = X.reshape(b, f, -1, c).transpose(1, 2).flatten(0, 1)                            # p f c
+        size = max(1, min(MAX_SEQUENCES, chunk_size(x.device) // f, MAX_LOGITS // (self.heads * f * f)))
         attend = functools.partial(self.attend, bias=bias)
-        if self.impl == "math":
-            x = attend(x)
-        else:
-            size = min(MAX_SEQUENCES, chunk_size(x.device) // f, MAX_LOGITS // (self.heads * f * f))
-            x = in_chunks(attend, x, size=max(1, size))
+        x = attend(x) if self.impl == "math" else in_chunks(attend, x, size=size)
         return X + x.unflatten(0, (b, -1)).transpose(1, 2).reshape(X.shape)
 
     def attend(self, x, bias):
@@ -404,21 +391,11 @@ class TemporalLinearAttention(TemporalAttention):
 
     def attention(self, q, k, v, bias):
         q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
-        k = k.softmax(dim=-2)
-        return q @ (k.mT @ v)                                                               # p heads f d
-
-
-def rotary_frequencies(head_dim, theta=10_000, rotary_dim=32):
-    """-> (rotary_dim / 2,) angular frequencies per frame; only the first `rotary_dim` features are rotated."""
-    rotary_dim = min(rotary_dim, head_dim)
-    return theta ** (-torch.arange(0, rotary_dim, 2).float() / rotary_dim)
+        return q @ (k.softmax(dim=-2).mT @ v)                                               # p heads f d
 
 
 def rotary_embedding(x, freqs):
-    """Rotary position embedding (Su et al. 2021) of x (..., f, d): the first 2·len(freqs) features, in adjacent pairs.
-
-    -> (..., f, d).
-    """
+    """Rotary embedding (Su et al. 2021) of the first 2·len(freqs) features of x, in adjacent pairs; x: (..., f, d)."""
     angle = torch.outer(torch.arange(x.shape[-2], device=x.device).float(), freqs)          # f rotary_dim/2
     angle = F.pad(angle, (0, x.shape[-1] // 2 - len(freqs)))                                # f d/2
     # each pair as a complex number: a slice for each half, and the rest, would cost as much as the attention itself
@@ -429,26 +406,22 @@ def rotary_embedding(x, freqs):
 class RelativePositionBias(nn.Module):
     """T5's bidirectional relative position bias (Raffel et al. 2020): one learned number per bucket and head.
 
-    Half of the buckets are for the past, half for the future; distances up to 8 have a bucket each, larger ones share
-    logarithmically wider buckets, and all from `max_distance` on share the last.
+    Of 32 buckets half are for the past, half for the future; distances below 8 have a bucket each, larger ones share
+    logarithmically wider buckets, and all from 32 on share the last.
+    forward: f frames -> bias (heads, f, f), added to the attention logits of query frame i and key frame j.
     """
 
-    def __init__(self, heads, buckets=32, max_distance=32):
+    def __init__(self, heads):
         super().__init__()
-        self.max_distance = max_distance
-        self.table = nn.Embedding(buckets, heads)
+        self.table = nn.Embedding(32, heads)
 
     def forward(self, f):
-        """-> bias (heads, f, f), added to the attention logits of query frame i and key frame j."""
-        buckets = self.table.num_embeddings // 2
-        exact = buckets // 2
         position = torch.arange(f, device=self.table.weight.device)
         offset = position[None, :] - position[:, None]                                      # j - i
         distance = offset.abs()
-        far = exact + (torch.log(distance.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)
-                       * (buckets - exact)).long()
-        bucket = torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
-        return rearrange(self.table(bucket + buckets * (offset > 0)), "i j heads -> heads i j")
+        far = 8 + (torch.log(distance.clamp(min=1).float() / 8) / math.log(32 / 8) * 8).long()
+        bucket = torch.where(distance < 8, distance, far.clamp(max=15))
+        return rearrange(self.table(bucket + 16 * (offset > 0)), "i j heads -> heads i j")
 
 
 class TemporalGSS(nn.Module):
@@ -497,12 +470,8 @@ class TemporalMamba(nn.Module):
         F = SSM_fwd(SiLU(Conv_fwd(A))),  B = Flip(SSM_bwd(SiLU(Conv_bwd(Flip(A)))))      Conv: causal, of 4 frames
         O = W_out ((F + B) · SiLU(G)) + X
 
-    channels:      c.
-    state_size:    N.
-    mlp_dim:       hidden width of an MLP, Linear, SiLU, Linear, in the place of W_out; None: without.
-    bidirectional: False leaves B out, and the layer is causal.
-    ssm:           "s4d", as in the paper, or "s6", Mamba's own.
-    forward: X (b, f, ..., c) -> the same shape. Raises ValueError for another ssm.
+    mlp_dim: hidden width of an MLP, Linear, SiLU, Linear, in the place of W_out; None: without.
+    ssm: "s4d", as in the paper, or "s6", Mamba's own; another raises ValueError. The rest as in `TemporalGSS`.
     """
 
     def __init__(self, channels, state_size=512, mlp_dim=None, bidirectional=True, ssm="s4d"):
@@ -514,20 +483,16 @@ class TemporalMamba(nn.Module):
         self.to_input = nn.Linear(channels, width)
         self.to_gate = nn.Linear(channels, width)
         self.convs = nn.ModuleList(nn.Conv1d(width, width, 4, groups=width) for _ in reverses)
-        self.directions = nn.ModuleList(
-            S6(width, state_size, math.ceil(channels / 16), reverse) if ssm == "s6" else
-            DiagonalSSM(width, state_size, reverse) for reverse in reverses)
+        new_ssm = functools.partial(S6, dt_rank=math.ceil(channels / 16)) if ssm == "s6" else DiagonalSSM
+        self.directions = nn.ModuleList(new_ssm(width, state_size, reverse=reverse) for reverse in reverses)
         widths = [width, mlp_dim, channels] if mlp_dim else [width, channels]
         self.out = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:]))
 
     def forward(self, X):
         check_frames(X, self.norm)
-        A = by_rows(self.inputs, X)
+        A = by_rows(lambda x: self.to_input(layer_norm(x, self.norm.weight)), X)                 # b f ... 2c
         ys = (ssm(F.silu(short_conv(A, conv, ssm.reverse))) for conv, ssm in zip(self.convs, self.directions))
         return by_rows(self.output, X, *ys)
-
-    def inputs(self, X):
-        return self.to_input(layer_norm(X, self.norm.weight))
 
     def output(self, X, *ys):
         gate = F.silu(self.to_gate(layer_norm(X, self.norm.weight)))

@@ -18,8 +18,6 @@ Glossary                                              Shapes
 The SSM (Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models"):
     s_k = Ā s_{k-1} + B̄ u_k,    y_k = 2 Re(C s_k) + D u_k,    Ā = exp(ΔA),  B̄ = (Ā - 1)/A  (B = 1)
 and unrolled, y = K * u + D u with K_l = 2 Re Σ_n C_n (exp(ΔA_n) - 1)/A_n · exp(ΔA_n l).
-
-`S6` is the selective SSM (Gu & Dao 2023, "Mamba"), whose Δ, B and C depend on its input, for the layers that want it.
 """
 import contextlib
 import functools
@@ -56,12 +54,10 @@ class TemporalSSM(nn.Module):
     def __init__(self, channels, state_size=512, mlp_dim=512, mlp_layers=2, mlp_position="post", bidirectional=True,
                  skip="input"):
         super().__init__()
-        if mlp_layers not in (0, 1, 2):
-            raise ValueError(f"mlp_layers is {mlp_layers}; expected 0, 1 or 2")
-        if mlp_position not in ("post", "pre"):
-            raise ValueError(f"mlp_position is {mlp_position!r}; expected 'post' or 'pre'")
-        if skip not in ("input", "norm"):
-            raise ValueError(f"skip is {skip!r}; expected 'input' or 'norm'")
+        for name, value, choices in [("mlp_layers", mlp_layers, (0, 1, 2)), ("skip", skip, ("input", "norm")),
+                                     ("mlp_position", mlp_position, ("post", "pre"))]:
+            if value not in choices:
+                raise ValueError(f"{name} is {value!r}; expected one of {choices}")
         self.mlp_position, self.skip = mlp_position, skip
         self.norm = nn.LayerNorm(channels, bias=False)
         reverses = [False, True] if bidirectional else [False]
@@ -71,33 +67,29 @@ class TemporalSSM(nn.Module):
 
     def forward(self, X):
         check_frames(X, self.norm)
-        H = layer_norm(X, self.norm.weight)                                                # b f ... c
-        skip = X if self.skip == "input" else H
-        mlp = weights(self.mlp)
+        H = layer_norm(X, self.norm.weight)                                                 # b f ... c
+        skip, mlp = X if self.skip == "input" else H, weights(self.mlp)
         if self.mlp_position == "pre":
             H, mlp = by_rows(functools.partial(apply_mlp, mlp=mlp), H), ()
         ys = convolve(H, self.directions)               # SSM_fwd(H), Flip(SSM_bwd(Flip(H))): each b f ... c
         glu = weights(ssm.output_linear for ssm in self.directions)
-        return by_rows(functools.partial(ssm_tail, glu=glu, mlp=mlp), skip, *ys)    # b f ... c
+        return by_rows(functools.partial(ssm_tail, glu=glu, mlp=mlp), skip, *ys)            # b f ... c
 
 
 def ssm_tail(skip, *ys, glu, mlp):
-    """O = MLP(F + Flip(B)) + skip, from the outputs y of the SSMs, for some frames and positions: (rows, c) each.
-
-    glu, mlp: weight and bias of each linear layer.
-    """
+    """O = MLP(F + Flip(B)) + skip, of skip and the SSMs' outputs y, (rows, c) each; glu, mlp: see `weights`."""
     U = sum(F.glu(F.linear(F.gelu(y), *layer)) for y, layer in zip(ys, glu))
     return apply_mlp(U, mlp) + skip
 
 
 def apply_mlp(x, mlp):
-    """Linear, GELU, Linear; or GELU(Linear); or x. mlp: weight and bias of each layer."""
+    """Linear, GELU, Linear; or GELU(Linear); or x."""
     x = F.gelu(F.linear(x, *mlp[0])) if mlp else x
     return F.linear(x, *mlp[1]) if len(mlp) == 2 else x
 
 
 def weights(layers):
-    """-> ((weight, bias), ...) of linear layers: what torch.compile takes as arguments, whichever layer's they are."""
+    """-> ((weight, bias), ...) of linear layers: as arguments, so that one compiled `ssm_tail` serves every layer."""
     return tuple((layer.weight, layer.bias) for layer in layers)
 
 
@@ -286,7 +278,7 @@ def toeplitz_conv(u, K, reverse):
 
 
 class Transpose(torch.autograd.Function):
-    """A matrix, and in the backward pass its gradient, transposed in memory: what strides are left to cost much more."""
+    """A matrix, and in the backward pass its gradient, transposed in memory: strides alone would cost much more."""
 
     @staticmethod
     def forward(ctx, x):
@@ -304,31 +296,25 @@ def fft_conv(u, K, reverse):
     Never in half precision: cuFFT takes only powers of two there, and 200 or 400 frames are none.
     """
     b, L, p, d = u.shape
-    n = fast_fft_length(2 * L - 1)
+    # no prime factor above 5, at which FFT libraries are slow: a power of 30 is a multiple of exactly those lengths
+    n = next(n for n in range(2 * L - 1, 4 * L) if 30 ** 64 % n == 0)
     with autocast_off(u.device):
         u_by_frames = Transpose.apply(at_least_float32(u).transpose(0, 1).reshape(L, -1)).view(b, p, d, L)
         U = torch.fft.rfft(u_by_frames, n)                                                  # b p d n/2+1
         ys = []
         for spectrum, backward in zip(torch.fft.rfft(K, n), reverse):                       # d n/2+1
             # a kernel reversed in time has the conjugate spectrum
-            y = torch.fft.irfft(U * (spectrum.conj() if backward else spectrum), n)[..., :L]  # b p d L
-            y = Transpose.apply(y.reshape(-1, L)).view(L, b, p, d)
+            y = torch.fft.irfft(U * (spectrum.conj() if backward else spectrum), n)         # b p d n
+            y = Transpose.apply(y[..., :L].reshape(-1, L)).view(L, b, p, d)
             ys.append(y.transpose(0, 1).to(u.dtype))                                        # b L p d
     return ys
-
-
-def fast_fft_length(n):
-    """The smallest length >= n with no prime factor above 5: FFT libraries are slow at large primes."""
-    while 30 ** 64 % n:  # a power of 30 is a multiple of exactly those lengths
-        n += 1
-    return n
 
 
 # ---------------------------------------------------------------------------------------- the selective SSM
 
 
 class S6(nn.Module):
-    """The selective SSM of Mamba (Gu & Dao 2023, Algorithm 2), forward in time or, with `reverse`, backward.
+    """The selective SSM of Mamba (Gu & Dao 2023, Algorithm 2), forward in time or, with `reverse`, backward:
 
         Δ = softplus(dt_proj(dt_rank numbers linear in u)),  B, C linear in u        Δ: one per channel and frame
         h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k u_k,   y_k = C_k h_k + D u_k,   A = -exp(A_log)
@@ -340,8 +326,7 @@ class S6(nn.Module):
 
     def __init__(self, d, state_size=16, dt_rank=1, reverse=False, dt_min=1e-3, dt_max=1e-1):
         super().__init__()
-        self.sizes = [dt_rank, state_size, state_size]
-        self.reverse = reverse
+        self.sizes, self.reverse = [dt_rank, state_size, state_size], reverse
         self.x_proj = nn.Linear(d, sum(self.sizes), bias=False)
         self.dt_proj = nn.Linear(dt_rank, d)
         self.A_log = nn.Parameter(torch.log(torch.arange(1, state_size + 1).float()).repeat(d, 1))
@@ -372,12 +357,12 @@ class S6(nn.Module):
             dt, B, C = F.linear(U, x_proj).split(self.sizes, -1)                            # L p rank, L p N, L p N
             dt = F.softplus(F.linear(dt, dt_weight, dt_bias))                               # L p d
             A = -torch.exp(A_log.T[:, None])                                                # N 1 d
-            h = Recurrence.apply(torch.exp(dt[:, None] * A), (dt * U)[:, None] * B.mT[..., None])  # L N p d
+            h = Recurrence.apply((dt[:, None] * A).exp(), (dt * U)[:, None] * B.mT[..., None])     # L N p d
             y = (h * C.mT[..., None]).sum(1) + D * U                                        # L p d
         return y.transpose(0, 1).to(u.dtype)
 
     def fused(self, u):
-        """The same for u (p, L, d) by `fused_selective_scan`, whose tensors have frames last."""
+        """`scan` by `fused_selective_scan`, whose tensors have frames last."""
         dt, B, C = F.linear(u, self.x_proj.weight).split(self.sizes, -1)                    # p L rank, p L N, p L N
         dt = F.linear(dt, self.dt_proj.weight)                                              # p L d
         u, dt, B, C = (x.to(u.dtype).mT.contiguous() for x in (u, dt, B, C))                # p d L, p d L, p N L, p N L

@@ -23,12 +23,11 @@ Glossary
     block           frames that are drawn at once
 """
 import argparse
-import contextlib
 import functools
 import hashlib
 import json
 import math
-import pickle
+import os
 import re
 import shutil
 from pathlib import Path
@@ -36,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
@@ -58,10 +58,10 @@ def draw(net, sample, shape, generators, labels=None, guidance=1.0, known=None, 
     The caller chooses the precision (`autocast`) and may enter `kernels_once`.
     """
     denoiser = net if labels is None else with_guidance(net, labels, net.config.classes, guidance)
-    if known is None:
-        device = generators[0].device
-        known = torch.zeros(len(generators), *shape, device=device), torch.zeros(shape[1], device=device).bool()
-    x, given = known[0].clone(), known[1].clone()
+    device = generators[0].device
+    x, given = torch.zeros(len(generators), *shape, device=device), torch.zeros(shape[1], device=device).bool()
+    if known is not None:
+        x, given = known[0].clone(), known[1].clone()
     for block in blocks or [slice(0, shape[1])]:
         part = (x[:, :, block], given[block]) if given[block].any() else None
         x[:, :, block] = sample(denoiser, x[:, :, block].shape, generators, known=part)
@@ -72,39 +72,22 @@ def draw(net, sample, shape, generators, labels=None, guidance=1.0, known=None, 
 # ---------------------------------------------------------------------------------------- checkpoint to network
 
 
-def newest_checkpoint(root="out"):
-    """-> the path of the ckpt.pt under `root` that was written last. Raises UserError."""
-    found = sorted(Path(root).glob("**/ckpt.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError(f"no ckpt.pt under {Path(root).absolute()}; train one (python train.py --preset tiny) or name "
-                        "one with --ckpt")
-    return found[-1]
-
-
 def load_checkpoint(path):
     """Map a checkpoint into memory, without running any code that might be in it -> dict, as train.py saved it.
-
-    Raises UserError if it is missing, damaged, or something else.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"{path} is not a file; expected a ckpt.pt written by train.py")
+    Raises UserError, or OSError if it cannot be read."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} is refused: it holds more than tensors and settings, code perhaps") from None
-    except Exception as error:  # torch raises all sorts for a damaged file
-        raise UserError(f"{path} is damaged or no checkpoint ({gist(error)}); expected a ckpt.pt written by "
-                        "train.py") from None
-    if not isinstance(ckpt, dict) or not {"step", "config", "unet", "ema"} <= ckpt.keys():
-        raise UserError(f"{path} is no checkpoint of train.py")
-    return ckpt
+        if {"step", "config", "unet", "ema"} <= ckpt.keys():
+            return ckpt
+    except OSError:
+        raise
+    except Exception:  # torch raises all sorts for other files
+        pass
+    raise UserError(f"{path} is no checkpoint of train.py, is damaged, or holds code, which is never run")
 
 
 def load_network(ckpt, weights="ema", device="cpu"):
-    """Rebuild the network of a checkpoint with its "ema" or "model" weights -> UNet3D in evaluation mode.
-
-    Raises UserError if they do not fit.
-    """
+    """Rebuild a network with its checkpoint's "ema" or "model" weights -> UNet3D in eval mode. Raises UserError."""
     try:
         net = UNet3D(UNetConfig(**ckpt["unet"]))
         net.load_state_dict(ckpt[weights])
@@ -131,7 +114,7 @@ def cuda_graphs(net):
         if torch.is_grad_enabled():
             return net(x, t, labels)
         if x.shape not in captured:
-            inputs = [x.clone(), t.clone(), *([] if labels is None else [labels.clone()])]
+            inputs = [value.clone() for value in (x, t, labels) if value is not None]
             stream = torch.cuda.Stream()  # PyTorch wants the warm-up on a stream of its own
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -155,31 +138,24 @@ def cuda_graphs(net):
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def enlarge(videos, given, pixels=96):
-    """uint8 (n, f, h, w, 3) -> the same with sides of about `pixels`, and a white border in the given frames."""
+def grid(videos, given, columns=None, pixels=96):
+    """uint8 (n, f, h, w, 3) -> (f, H, W, 3): side by side in rows, enlarged to about `pixels`, a gap of 4 between.
+
+    The frames numbered in `given` get a white border. H and W are even, as H.264 wants.
+    """
     scale = max(1, round(pixels / videos.shape[2]))
     videos = videos.repeat(scale, axis=2).repeat(scale, axis=3)
     for i in given:
         videos[:, i, :2] = videos[:, i, -2:] = videos[:, i, :, :2] = videos[:, i, :, -2:] = 255
-    return videos
-
-
-def grid(videos, columns=None):
-    """uint8 (n, f, h, w, 3) -> (f, H, W, 3): side by side in rows, a gap between."""
-    n, f, h, w, _ = videos.shape
-    columns = columns or math.ceil(math.sqrt(n))
-    rows, gap = math.ceil(n / columns), 4
-    # even sides, which H.264 wants
-    canvas = np.zeros((f, (rows * (h + gap) + 1) // 2 * 2, (columns * (w + gap) + 1) // 2 * 2, 3), np.uint8)
-    for i, video in enumerate(videos):
-        y, x = i // columns * (h + gap), i % columns * (w + gap)
-        canvas[:, y:y + h, x:x + w] = video
-    return canvas
+    columns = columns or math.ceil(math.sqrt(len(videos)))
+    tiles = np.pad(videos, ((0, -len(videos) % columns), (0, 0), (0, 4), (0, 4), (0, 0)))
+    canvas = rearrange(tiles, "(rows columns) f h w rgb -> f (rows h) (columns w) rgb", columns=columns)
+    return np.pad(canvas, ((0, 0), (0, canvas.shape[1] % 2), (0, canvas.shape[2] % 2), (0, 0)))
 
 
 def save_gif(path, videos, given=(), fps=10):
     """Write uint8 videos (n, f, h, w, 3) side by side as an endless GIF; the frames numbered in `given` are marked."""
-    frames = [Image.fromarray(frame) for frame in grid(enlarge(videos, given))]
+    frames = [Image.fromarray(frame) for frame in grid(videos, given)]
     with whole_file(path) as file:
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
 
@@ -188,7 +164,7 @@ def save_mp4(path, videos, given=(), fps=10):
     """The same as H.264. Needs PyAV."""
     import av
 
-    frames = grid(enlarge(videos, given))
+    frames = grid(videos, given)
     with whole_file(path) as file, av.open(file, "w", format="mp4") as container:
         # without x264's macroblock tree, and in one thread: else the same frames give other bytes each time
         stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "x264-params": "mbtree=0"})
@@ -202,10 +178,9 @@ def save_mp4(path, videos, given=(), fps=10):
 def save_sheet(path, videos, given=(), columns=8):
     """Write them as a contact sheet, a PNG: a row for each, of evenly spaced frames from the first to the last."""
     picked = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
-    frames = enlarge(videos[:, picked], [i for i, frame in enumerate(picked) if frame in given], pixels=64)
-    [sheet] = grid(frames.reshape(-1, 1, *frames.shape[2:]), len(picked))
+    frames = grid(videos[:, picked], [i for i, frame in enumerate(picked) if frame in given], columns=1, pixels=64)
     with whole_file(path) as file:
-        Image.fromarray(sheet).save(file, "PNG", optimize=True)
+        Image.fromarray(rearrange(frames, "f h w rgb -> h (f w) rgb")).save(file, "PNG", optimize=True)
 
 
 PICTURES = {".gif": save_gif, ".mp4": save_mp4, ".png": save_sheet}
@@ -215,8 +190,7 @@ PICTURES = {".gif": save_gif, ".mp4": save_mp4, ".png": save_sheet}
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="sample.py", description="Draw videos from a checkpoint of train.py.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--ckpt", type=Path, help="checkpoint (the newest under out/)")
     add("--num", "--num-samples", type=positive_int, default=16, help="videos; under torchrun write --num-samples")
@@ -254,33 +228,21 @@ def parse_args(argv=None):
     return args
 
 
-def choose_labels(args, classes):
-    """-> the class number of each sample, (num,), or None if the checkpoint has no classes. Raises UserError."""
-    if not classes and (args.label is not None or args.guidance != 1):
-        raise UserError("--class, --guidance: the checkpoint was trained without classes; leave them out, or train "
-                        "with train.py --classes")
-    if args.label is not None and args.label not in classes:
-        raise UserError(f"--class {args.label}: expected one of the checkpoint's {len(classes)} classes, such as "
-                        f"{', '.join(classes[:10])}")
-    if not classes:
-        return None
-    number = None if args.label is None else classes.index(args.label)
-    return torch.tensor([i % len(classes) if number is None else number for i in range(args.num)])
-
-
 def given_frames(text, frames):
     """Slices such as 0:8 or 0:8,20:24 of so many frames -> the frames' numbers, sorted. Raises UserError."""
+    problem = UserError(f"--given {text}: expected a slice such as 0:8, or several, 0:8,20:24, of some, but not all, "
+                        f"of the {frames} frames that a video has here (see --frames)")
     given = set()
-    for part in text.split(","):
-        if not re.fullmatch(r"-?\d*:-?\d*(:[1-9]\d*)?", part.strip()):
-            raise UserError(f"--given {text}: expected a slice such as 0:8, or several, 0:8,20:24")
-        bounds = [int(bound) if bound else None for bound in part.strip().split(":")]
+    for part in text.replace(" ", "").split(","):
+        if not re.fullmatch(r"-?\d*:-?\d*(:[1-9]\d*)?", part):
+            raise problem
+        bounds = [int(bound) if bound else None for bound in part.split(":")]
         picked = range(frames)[slice(*bounds)]
         if not picked or max(abs(bound or 0) for bound in bounds[:2]) > frames:
-            raise UserError(f"--given {text}: expected frames of the {frames} that a video has here (see --frames)")
+            raise problem
         given.update(picked)
     if len(given) == frames:
-        raise UserError(f"--given {text}: all {frames} frames are given, none is left to draw (see --frames)")
+        raise problem
     return sorted(given)
 
 
@@ -303,7 +265,11 @@ def main():
     args = parse_args()
     rank, _, world_size = processes()
     device = choose_device(args.device)
-    path = args.ckpt or newest_checkpoint()
+    precision = choose_precision(device, args.precision)
+    path = args.ckpt or max(Path("out").glob("**/ckpt.pt"), key=os.path.getmtime, default=None)
+    if path is None:
+        raise UserError(f"no ckpt.pt under {Path('out').absolute()}; train one (python train.py --preset tiny) or name "
+                        "one with --ckpt")
     ckpt = load_checkpoint(path)
     config, classes = ckpt["config"], ckpt["config"]["classes"] or []
     net = load_network(ckpt, args.weights, device)
@@ -316,90 +282,80 @@ def main():
     if steps > diffusion.T:
         raise UserError(f"--sampling-steps {steps}: expected 1 to {diffusion.T}, the checkpoint's diffusion steps")
     eta = None if args.sampler == "ddpm" else args.eta or 0.0
-    labels = choose_labels(args, classes)
-    given = given_frames(args.given, frames) if args.given else []
-    if given:
-        clips = read_whole_videos(args.condition, size)[:args.num]
+    if args.label and args.label not in classes or args.guidance != 1 and not classes:
+        raise UserError(f"--class {args.label} --guidance {args.guidance:g}: the checkpoint has {len(classes)} classes "
+                        f"(train.py --classes), such as {', '.join(classes[:10]) or 'none'}")
+    labels = [args.label or classes[i % len(classes)] for i in range(args.num)] if classes else None
+    given, clips = [], []
+    if args.given:
+        given, clips = given_frames(args.given, frames), read_whole_videos(args.condition, size)[:args.num]
         if min(map(len, clips)) <= given[-1]:
             raise UserError(f"--given {args.given}: {args.condition} has {min(map(len, clips))} frames only")
-        clips = np.stack([clip[given] for clip in clips])                                   # clips given h w 3
+        clips = [torch.from_numpy(clip[given]) for clip in clips]                           # given h w 3, each
     blocks = plan_blocks(args, frames, given)
     window = blocks[0].stop - blocks[0].start
 
     # ---- NAME.npy.json records all that shapes the samples: the same request resumes, another one is refused
-    request = {"weights_sha256": digest(*net.state_dict().values()), "step": ckpt["step"], "weights": args.weights,
-               "num": args.num, "frames": frames, "size": size, "seed": args.seed, "sampler": args.sampler,
-               "sampling_steps": steps, "eta": eta, "device": device.type,
-               "precision": choose_precision(device, args.precision)}
-    if classes:
-        request |= {"guidance": args.guidance, "labels": [classes[label] for label in labels]}
-    if given or len(blocks) > 1:
-        request |= {"given": given, "condition": args.condition and args.condition.name,
-                    "condition_sha256": digest(torch.from_numpy(clips)) if given else None,
-                    "condition_weight": args.condition_weight, "blocks": [[b.start, b.stop] for b in blocks]}
+    request = json.dumps({
+        "weights_sha256": digest(net.state_dict().values()), "step": ckpt["step"], "weights": args.weights,
+        "num": args.num, "frames": frames, "size": size, "seed": args.seed, "sampler": args.sampler,
+        "sampling_steps": steps, "eta": eta, "device": device.type, "precision": precision,
+        "guidance": args.guidance, "labels": labels, "given": given, "condition_sha256": digest(clips),
+        "condition": args.condition and args.condition.name, "condition_weight": args.condition_weight,
+        "blocks": [[block.start, block.stop] for block in blocks]}, indent=1).encode()
     out = args.out or path.with_name(f"samples_{ckpt['step']:07d}.npy")
     about, parts = out.with_name(out.name + ".json"), out.with_name(f".{out.name}.parts")
-    recorded = None
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        recorded = json.loads(about.read_text())
     taken = [file for file in (about, out, *map(out.with_suffix, PICTURES)) if file.exists()]
-    if taken and recorded != request:
+    if taken and not (about.exists() and about.read_bytes() == request):
         raise UserError(f"{taken[0]} belongs to other samples; delete it or choose another --out")
     if out.exists():
         return say(f"{out} is there already, drawn by this same command; delete it to draw it again")
     join_processes()
-    if recorded != request and rank == 0:
-        shutil.rmtree(parts, ignore_errors=True)  # another request's
     agree(request, "the processes read different checkpoints; start again once it is no longer being written")
     if rank == 0:
+        if not about.exists():
+            shutil.rmtree(parts, ignore_errors=True)  # another request's
         parts.mkdir(parents=True, exist_ok=True)
-        with whole_file(about, "w") as file:
-            json.dump(request, file, indent=1)
+        with whole_file(about) as file:
+            file.write(request)
     say(f"{path}: step {ckpt['step']}, {args.weights} weights; {args.num} videos of {frames} frames, {size}x{size}, "
         f"{args.sampler}, {steps} steps, seed {args.seed}, {world_size} x {device.type}")
     if window > config["frames"]:
-        say(f"warning: the network was trained on {config['frames']} frames and is to draw {window} at once, which "
-            f"it has never seen; --window {config['frames']} draws as many by blocks")
+        say(f"warning: trained on {config['frames']} frames, to draw {window} at once; --window draws them by blocks")
     barrier()
 
     # ---- the processes take batches in turn; an interrupted one is drawn again whole
+    files = [parts / f"{i:07d}.npy" for i in range(args.num)]
     batch_size = min(args.batch_size, math.ceil(args.num / world_size))
     batches = [range(first, min(first + batch_size, args.num)) for first in range(0, args.num, batch_size)]
-    mine = [batch for batch in batches[rank::world_size] if not all(part(parts, i).exists() for i in batch)]
-    kernels = kernels_once(net, window)  # of the modules that a CUDA graph hides; entered below
-    if choose_precision(device, args.precision) == "bf16":
+    mine = [batch for batch in batches[rank::world_size] if not all(files[i].exists() for i in batch)]
+    if precision == "bf16":
         cast_weights(net)
     if args.compile:
         compile_tails()
-        net = cuda_graphs(net) if device.type == "cuda" else net
-    bar = tqdm(total=len(mine) * len(blocks) * steps, unit="step", disable=True if rank else None)
-    with bar, autocast(device, args.precision), kernels:
-        def progress(times):
-            for time in times:
-                yield time
-                bar.update()
-
-        sample = functools.partial(diffusion.sample, progress=progress, steps=steps, eta=eta,
-                                   weight=args.condition_weight)
-        for batch in mine:
-            known = None
+    bar = functools.partial(tqdm, disable=True if rank else None)
+    sample = functools.partial(diffusion.sample, progress=functools.partial(bar, unit="step", leave=False),
+                               steps=steps, eta=eta, weight=args.condition_weight)
+    is_given = torch.tensor([i in given for i in range(frames)], device=device)
+    with autocast(device, precision), kernels_once(net, window):
+        network = cuda_graphs(net) if args.compile and device.type == "cuda" else net
+        for batch in bar(mine, unit="batch"):
+            x_a = torch.zeros(len(batch), 3, frames, size, size)
             if given:
-                x_a, is_given = torch.zeros(len(batch), 3, frames, size, size), torch.zeros(frames, dtype=torch.bool)
-                x_a[:, :, given] = to_float(torch.from_numpy(clips[[i % len(clips) for i in batch]]))
-                is_given[given] = True
-                known = x_a.to(device), is_given.to(device)
-            videos = draw(net, sample, (3, frames, size, size), sample_generators(args.seed, batch, device),
-                          labels[batch].to(device) if classes else None, args.guidance, known, blocks)
+                x_a[:, :, given] = to_float(torch.stack([clips[i % len(clips)] for i in batch]))
+            numbers = torch.tensor([classes.index(labels[i]) for i in batch], device=device) if classes else None
+            videos = draw(network, sample, (3, frames, size, size), sample_generators(args.seed, batch, device),
+                          numbers, args.guidance, (x_a.to(device), is_given), blocks)
             for i, video in zip(batch, videos):
-                with whole_file(part(parts, i)) as file:
+                with whole_file(files[i]) as file:
                     np.save(file, video)
     barrier()
     if rank == 0:
-        assemble(out, parts, args.num, given)
+        assemble(out, files, given)
         print(f"wrote {out.absolute()}, and previews beside it: .gif, .mp4, .png")
 
 
-def digest(*tensors):
+def digest(tensors):
     """-> SHA-256 of the tensors' bytes."""
     sha = hashlib.sha256()
     for tensor in tensors:
@@ -407,22 +363,17 @@ def digest(*tensors):
     return sha.hexdigest()
 
 
-def part(parts, i):
-    """Where sample i waits until all are drawn."""
-    return parts / f"{i:07d}.npy"
-
-
-def assemble(out, parts, num, given):
+def assemble(out, files, given):
     """Pictures of the first samples, then the array of all: that it exists says that everything is there."""
-    videos = [np.load(part(parts, i), allow_pickle=False) for i in range(min(num, 16))]
+    first = np.stack([np.load(file) for file in files[:16]])
     for suffix, save in PICTURES.items():
-        save(out.with_suffix(suffix), np.stack(videos), given)
+        save(out.with_suffix(suffix), first, given)
     with whole_file(out) as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (num, *videos[0].shape)}
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *first.shape[1:])}
         np.lib.format.write_array_header_1_0(file, header)
-        for i in range(num):
-            file.write(np.load(part(parts, i), allow_pickle=False).data)
-    shutil.rmtree(parts)
+        for part in files:
+            file.write(np.load(part).data)
+    shutil.rmtree(files[0].parent)
 
 
 if __name__ == "__main__":
