@@ -18,6 +18,9 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# on a CPU PyTorch raises a plain RuntimeError
+OUT_OF_MEMORY = "out of memory|can't allocate memory|bad_alloc|ALLOC_FAILED|not create a primitive"
+
 
 class UserError(ValueError):
     """What a person did wrong, in one line: the offending value, what was expected, what to do."""
@@ -37,26 +40,18 @@ def run(name, main, *told):
         sys.exit(status)
     except KeyboardInterrupt:
         message = "interrupted; run the same command again"
-    except (UserError, *told) as error:
-        # the first process of each machine says it for all
-        message = str(error) if processes()[1] == 0 else None
-    except (OSError, MemoryError, RuntimeError) as error:
-        if re.search("Connection (reset|closed) by peer", str(error)):
-            message = "another process of this run has ended; run the same command again"
-        elif isinstance(error, OSError):
-            message = str(error)
-        elif out_of_memory(error):
+    except (UserError, OSError, *told) as error:
+        # what a person did wrong the first process of each machine says for all
+        message = str(error) if processes()[1] == 0 or isinstance(error, OSError) else ""
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
             message = (f"out of memory ({gist(error)}); try a smaller --batch-size, --frames or --size, or "
                        "--grad-checkpoint")
+        elif re.search("Connection (reset|closed) by peer", str(error)):
+            message = "another process of this run has ended; run the same command again"
         else:
             raise
     sys.exit(f"{name}: {' '.join(message.splitlines())}" if message else 1)  # file names may have several lines
-
-
-def out_of_memory(error):
-    """Whether an exception says that memory ran out; on a CPU PyTorch raises a plain RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(
-        re.search("out of memory|can't allocate memory|bad_alloc|ALLOC_FAILED|not create a primitive", str(error)))
 
 
 def gist(error):
@@ -98,12 +93,13 @@ zero_to_one = number(float, 0, 1)
 
 def choose_device(name=None):
     """The torch.device that --device names, else the best; under torchrun this process's GPU. Raises UserError."""
-    known = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if known and name in (None, "cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > len(known):
-        raise UserError(f"{os.environ['LOCAL_WORLD_SIZE']} processes for {len(known)} GPUs; lower --nproc-per-node")
+    known, in_use = [f"cuda:{i}" for i in range(torch.cuda.device_count())], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if known and name in (None, "cuda"):
+        if in_use > len(known):
+            raise UserError(f"{in_use} processes for {len(known)} GPUs; lower --nproc-per-node")
+        name = known[processes()[1]]
     known += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    name = name or known[0].split(":")[0]
-    name = f"cuda:{processes()[1]}" if name == "cuda" else name
+    name = name or known[0]
     if name not in known:
         raise UserError(f"--device {name}: expected one of those here: {', '.join(known)}")
     if name.startswith("cuda"):
@@ -186,8 +182,7 @@ def join_processes(backend="gloo", hours=24):
 
 def barrier():
     """Wait for the other processes."""
-    if dist.is_initialized():
-        dist.all_reduce(torch.zeros(1))  # a CPU tensor: gloo, on GPU machines too
+    gather(None)
 
 
 def gather(value):
@@ -208,9 +203,9 @@ def first_then_all(action):
     """action() on rank 0, then on each further machine's first process, then on the rest: what the first one packs or
     downloads the others find. An error is raised on all ranks. -> what action() returns."""
     rank, local_rank, _ = processes()
+    result = error = None
     for turn in range(3):
-        error = None
-        if turn == (0 if rank == 0 else 1 if local_rank == 0 else 2):
+        if turn == (2 if local_rank else 1 if rank else 0):
             try:
                 result = action()
             except Exception as caught:

@@ -40,9 +40,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fvd
-from command import (LiveMemory, Parser, UserError, agree, autocast, barrier, choose_device, choose_precision,
-                     first_then_all, gather, gist, join_processes, non_negative_int, peak_memory, positive_float,
-                     positive_int, processes, run, say, whole_file, zero_to_one)
+from command import (LiveMemory, Parser, UserError, agree, autocast, choose_device, choose_precision, first_then_all,
+                     gather, gist, join_processes, non_negative_int, number, peak_memory, positive_float, positive_int,
+                     processes, run, say, whole_file, zero_to_one)
 from data import DataError, MazeVideos, batches, class_names, open_videos, to_float
 from diffusion import PREDICTIONS, Diffusion, label_dropped, sample_generators, training_noise
 from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails, count_parameters
@@ -87,10 +87,9 @@ def train(args):
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
-    net = UNet3D(unet_config(args), args.grad_checkpoint)
+    net = UNet3D(unet_config(args), args.grad_checkpoint).to(device)
     say(describe(args, net, device))
     join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo carries the stop flag
-    net.to(device)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=device.type in ("cpu", "cuda"))
     diffusion = Diffusion(args.diffusion_steps, device, args.prediction)
@@ -99,10 +98,9 @@ def train(args):
     i3d = fvd.load_i3d(args.i3d, device) if args.fvd_every else None
     videos, held_out, about_data = first_then_all(functools.partial(open_data, args))
     lock = take_folder(args.out) if rank == 0 else None  # noqa: F841, held until this process ends
-    barrier()
     config = {name: value for name, value in vars(args).items() if name not in ("out", "dry_run")}
-    first_step, changes = resume(args, config, net, ema, optimizer)
-    say("\n".join([about_data, *changes]))
+    say(about_data)
+    first_step = resume(args, config, net, ema, optimizer)
     if first_step >= args.steps:
         return say(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
     tensorboard = start_log(args, config, first_step) if rank == 0 else None
@@ -110,9 +108,7 @@ def train(args):
     # ---- compile and DDP; this process's share of every batch
     if args.compile:
         compile_tails()
-    forward = net
-    if world_size > 1:
-        forward = DistributedDataParallel(net, [device] if device.type == "cuda" else None)
+    forward = net if world_size == 1 else DistributedDataParallel(net, [device] if device.type == "cuda" else None)
     parameters, ema_parameters = list(net.parameters()), list(ema.parameters())
     share = args.batch_size // world_size
     indices = range(rank * share, (rank + 1) * share)
@@ -127,7 +123,8 @@ def train(args):
         x_0 = to_float(clips.to(device, non_blocking=True))                                 # share c f h w
         t, noise = training_noise(x_0.shape[1:], args.seed, step - 1, indices, diffusion.T, device)
         if args.classes:
-            labels = training_labels(labels, args, step - 1, indices, device).chunk(args.grad_accum)
+            hidden = [label_dropped(LABEL_DROPOUT, args.seed, step - 1, i) for i in indices]
+            labels = label_numbers(np.where(hidden, None, labels), args.classes, device).chunk(args.grad_accum)
 
         # ---- forward and backward in micro-batches
         loss_sum = torch.zeros((), device=device)
@@ -164,13 +161,14 @@ def train(args):
         record = {"step": step} | mean_and_check(pending, timer, parameters, args)
         if evaluate:
             record |= held_out_loss(ema, diffusion, held_out, args)
-        if grid:
-            save_grid(ema, diffusion, args, step)
+        samples = draw_samples(ema, diffusion, args, args.grid_samples) if grid else None
         if measure:
             record["fvd"] = sampled_fvd(ema, i3d, diffusion, videos, args)
 
         # ---- the checkpoint comes last: it says that all that was due is done
         if rank == 0:
+            if grid:
+                save_gif(args.out / "samples" / f"step_{step:07d}.gif", samples)
             write_record(record, args, tensorboard)
             if save:
                 save_checkpoint(args.out, step, config, net, ema, optimizer)
@@ -179,24 +177,17 @@ def train(args):
         pending, timer = [], time.perf_counter()
 
     bar.close()
-    if tensorboard:
-        tensorboard.close()
     if rank == 0 and importlib.util.find_spec("matplotlib"):
         draw_curves(args.out)
     say(f"stopped at step {step}, saved in {args.out}; the same command resumes" if step < args.steps else
         f"done; pictures in {args.out / 'samples'}; python sample.py --ckpt {args.out / 'ckpt.pt'} for more")
 
 
-def training_labels(labels, args, step, indices, device):
-    """`label_numbers` of a step's clips, LABEL_DROPOUT of them hidden."""
-    hidden = [label_dropped(LABEL_DROPOUT, args.seed, step, i) for i in indices]
-    return label_numbers([None if hide else label for hide, label in zip(hidden, labels)], args.classes, device)
-
-
 def label_numbers(labels, classes, device):
-    """Labels, names or None, -> (b,) int: what the network takes, len(classes) standing for no class."""
-    numbers = {name: i for i, name in enumerate(classes)}
-    return torch.tensor([numbers.get(label, len(classes)) for label in labels], device=device)
+    """Labels, names or None, -> (b,) int: what the network takes, len(classes) standing for no class; None if there
+    are no classes."""
+    numbers = {name: i for i, name in enumerate(classes or [])}
+    return torch.tensor([numbers.get(x, len(numbers)) for x in labels], device=device) if classes else None
 
 
 def mean_and_check(pending, timer, parameters, args):
@@ -216,64 +207,64 @@ def mean_and_check(pending, timer, parameters, args):
             "clips_per_second": args.batch_size / seconds, "peak_memory_mb": peak_memory(values.device) / 2**20}
 
 
+def share_out(count, compute):
+    """compute(indices), an iterable of a result for each index, by every process for its part of the `count` -> list
+    of all results."""
+    rank, _, world_size = processes()
+    parts = gather(list(compute(range(rank, count, world_size))))
+    return [parts[i % world_size][i // world_size] for i in range(count)]
+
+
 @torch.no_grad()
 def held_out_loss(net, diffusion, videos, args):
     """The loss on fixed clips with fixed noise, one timestep in each quartile of t -> its mean and those per quartile.
 
     The same for every seed, number of processes and step: its curve is smooth where that of the training loss is noisy.
     """
-    rank, _, world_size = processes()
     device = torch.device(diffusion.device)
-    losses = torch.zeros(args.eval_clips, 4, device=device)
-    with autocast(device, args.precision), kernels_once(net, args.frames):
-        for i in range(rank, args.eval_clips, world_size):
+
+    def losses(indices):
+        for i in indices:
             clip, label = videos.clip_and_label(i)
             x_0 = to_float(torch.from_numpy(clip)).to(device)                               # c f h w
             draws = [training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T) for quartile in range(4)]
             t = torch.cat([(quartile * diffusion.T + t) // 4 for quartile, (t, _) in enumerate(draws)]).to(device)
             noise = torch.cat([noise for _, noise in draws]).to(device)                     # 4 c f h w
-            labels = label_numbers([label] * 4, args.classes, device) if args.classes else None
-            denoiser = functools.partial(net, labels=labels)
-            losses[i] = diffusion.loss(denoiser, x_0.expand_as(noise), t, noise, args.loss)
-    if world_size > 1:
-        dist.all_reduce(losses)
-    quartiles = losses.mean(0).tolist()
+            denoiser = functools.partial(net, labels=label_numbers([label] * 4, args.classes, device))
+            yield diffusion.loss(denoiser, x_0.expand_as(noise), t, noise, args.loss).tolist()
+
+    with autocast(device, args.precision), kernels_once(net, args.frames):
+        quartiles = torch.tensor(share_out(args.eval_clips, losses), device=device).mean(0).tolist()
     return {"held_out_loss": sum(quartiles) / 4, "held_out_quartiles": quartiles}
 
 
 def draw_samples(net, diffusion, args, count):
-    """Draw the first `count` samples, the processes sharing the work -> uint8 (count, f, h, w, 3). With classes, sample
-    i has the class i mod their number."""
+    """Draw the first `count` samples -> uint8 (count, f, h, w, 3). With classes, sample i has the class i mod their
+    number."""
     rank, _, world_size = processes()
-    mine, share, device = range(rank, count, world_size), args.batch_size // world_size, torch.device(diffusion.device)
+    share, device = args.batch_size // world_size, torch.device(diffusion.device)
     progress = functools.partial(tqdm, desc="sampling", leave=False, disable=True if rank else None)
-    sample, drawn = functools.partial(diffusion.sample, progress=progress), {}
-    with autocast(device, args.precision), kernels_once(net, args.frames):
-        for first in range(0, len(mine), share):
-            indices = mine[first:first + share]
+    sample = functools.partial(diffusion.sample, progress=progress)
+
+    def samples(mine):
+        for indices in (mine[first:first + share] for first in range(0, len(mine), share)):
             labels = torch.tensor([i % len(args.classes) for i in indices], device=device) if args.classes else None
             generators = sample_generators(args.seed, indices, device)
-            drawn |= zip(indices, draw(net, sample, (3, args.frames, args.size, args.size), generators, labels))
-    everyone = {i: video for part in gather(drawn) for i, video in part.items()}
-    return np.stack([everyone[i] for i in range(count)])
+            yield from draw(net, sample, (3, args.frames, args.size, args.size), generators, labels)
 
-
-def save_grid(net, diffusion, args, step):
-    """Draw samples and write them side by side as a GIF."""
-    samples = draw_samples(net, diffusion, args, args.grid_samples)
-    if processes()[0] == 0:
-        save_gif(args.out / "samples" / f"step_{step:07d}.gif", samples)
+    with autocast(device, args.precision), kernels_once(net, args.frames):
+        return np.stack(share_out(count, samples))
 
 
 def sampled_fvd(net, i3d, diffusion, videos, args):
     """FVD between the first samples and as many training clips. Biased upwards, as they are few: it shows the trend,
     fvd.py the number."""
-    rank, _, world_size = processes()
     fake = draw_samples(net, diffusion, args, args.fvd_videos)
-    mine = range(rank, args.fvd_videos, world_size)
-    features = {i: [fvd.i3d_features(i3d, x[None])[0].numpy() for x in (videos.clip(i), fake[i])] for i in mine}
-    everyone = {i: pair for part in gather(features) for i, pair in part.items()}
-    return fvd.fvd(*map(np.stack, zip(*(everyone[i] for i in range(args.fvd_videos)))))
+
+    def features(indices):
+        return [[fvd.i3d_features(i3d, x[None])[0].numpy() for x in (videos.clip(i), fake[i])] for i in indices]
+
+    return fvd.fvd(*map(np.stack, zip(*share_out(args.fvd_videos, features))))
 
 
 def watch_signals():
@@ -323,37 +314,27 @@ def take_folder(out):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, its children do not hold it after its death
     except BlockingIOError:
         raise UserError(f"--out {out} is in use by another training; wait for it or choose another folder") from None
-    if (out / "ckpt_next.pt").exists():  # killed between two renames
-        rename_checkpoints(out)
     return lock
 
 
 def save_checkpoint(out, step, config, net, ema, optimizer):
     """Write out/ckpt.pt, all that resuming needs; the one before stays as ckpt_previous.pt. Raises OSError."""
-    with whole_file(out / "ckpt_next.pt") as file:
-        try:
-            torch.save({"step": step, "config": config, "unet": dataclasses.asdict(net.config),
-                        "model": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}, file)
-        except RuntimeError as error:  # how torch says that the disk is full
-            raise OSError(f"{gist(error)} (is the disk full?)") from None
-    rename_checkpoints(out)
-
-
-def rename_checkpoints(out):
-    """ckpt_next.pt becomes ckpt.pt, which becomes ckpt_previous.pt."""
-    if (out / "ckpt.pt").exists():
-        os.replace(out / "ckpt.pt", out / "ckpt_previous.pt")
-    os.replace(out / "ckpt_next.pt", out / "ckpt.pt")
+    with whole_file(out / "ckpt.pt") as file:
+        torch.save({"step": step, "config": config, "unet": dataclasses.asdict(net.config), "model": net.state_dict(),
+                    "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}, file)
+        with contextlib.suppress(OSError):  # there is none yet, or the file system has no hard links
+            (out / "ckpt_previous.pt").unlink(missing_ok=True)
+            os.link(out / "ckpt.pt", out / "ckpt_previous.pt")
 
 
 def resume(args, config, net, ema, optimizer):
-    """Load the newest checkpoint of a run, if there is one -> its step, or 0, and lines about it. Raises UserError for
-    settings that must not change, and for a checkpoint that cannot be used."""
+    """Load the newest checkpoint of a run, if there is one -> its step, or 0. Raises UserError for settings that must
+    not change, and for a checkpoint that cannot be used."""
     path = next((path for path in (args.out / "ckpt.pt", args.out / "ckpt_previous.pt") if path.exists()), None)
     ckpt = load_checkpoint(path) if path else {"step": 0}
     agree(ckpt["step"], f"--out {args.out} holds different checkpoints on different machines; expected a shared folder")
     if not path:
-        return 0, []
+        return 0
     saved = make_parser()[1] | ckpt["config"]  # the checkpoint may be older than a flag
     changed = {name: f"--{name.replace('_', '-')} {saved[name]} -> {new}" for name, new in config.items()
                if saved[name] != new}
@@ -369,7 +350,8 @@ def resume(args, config, net, ema, optimizer):
         optimizer.load_state_dict({"state": ckpt["optimizer"]["state"], "param_groups": groups})
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not fit this network ({gist(error)}); choose another --out") from None
-    return ckpt["step"], [*changed.values(), f"resuming from step {ckpt['step']} of {args.steps}"]
+    say(*changed.values(), f"resuming from step {ckpt['step']} of {args.steps}", sep="\n")
+    return ckpt["step"]
 
 
 def start_log(args, config, first_step):
@@ -399,6 +381,7 @@ def write_record(record, args, tensorboard):
     if tensorboard:
         for name in {"loss", "grad_norm", "seconds_per_step", "held_out_loss", "fvd"} & record.keys():
             tensorboard.add_scalar(name, record[name], record["step"])
+        tensorboard.flush()
 
 
 def draw_curves(out):
@@ -442,24 +425,23 @@ def step_memory(config, clip_shape, grad_checkpoint=False):
 
 
 def describe(args, net, device):
-    """The resolved configuration in a few lines."""
+    """The resolved configuration in a few lines; with --dry-run also what memory a step takes."""
     def count(pattern):
         return sum(p.numel() for name, p in net.named_parameters() if re.search(pattern, name))
 
     temporal, time_embedding = count("temporal|position_bias"), count("time_mlp|to_scale_shift|class_embedding")
     world_size = processes()[2]
+    shape = args.batch_size // world_size // args.grad_accum, 3, args.frames, args.size, args.size
     lines = [f"preset {args.preset}: " + ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())),
              f"{count(''):,} parameters: {temporal:,} in temporal layers, {time_embedding:,} in the time embedding, "
              f"{count('') - temporal - time_embedding:,} in spatial layers",
-             f"global batch {args.batch_size} = {world_size} processes x {args.grad_accum} micro-batches of x "
-             f"{micro_batch_shape(args)} in [-1, 1]; {device.type}, {choose_precision(device, args.precision)}; output "
-             f"in {args.out}"]
+             f"global batch {args.batch_size} = {world_size} processes x {args.grad_accum} micro-batches of x {shape} "
+             f"in [-1, 1]; {device.type}, {choose_precision(device, args.precision)}; output in {args.out}"]
+    if args.dry_run:
+        gigabytes = step_memory(net.config, shape, args.grad_checkpoint) / 2**30
+        lines.append(f"a step takes about {gigabytes:.2f} GB in each process in float32, beside PyTorch itself, the "
+                     "workspaces of its kernels and fragmentation; in bf16 autocast less")
     return "\n".join(lines)
-
-
-def micro_batch_shape(args):
-    """-> the shape (b, c, f, h, w) of what a process has in one forward pass."""
-    return args.batch_size // processes()[2] // args.grad_accum, 3, args.frames, args.size, args.size
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -534,7 +516,7 @@ def make_parser():
     add("--eval-clips", 16, "clips of the held-out loss; 0: none", type=non_negative_int)
     add("--grid-samples", 9, "videos in a sample grid; 0: none", type=non_negative_int)
     add("--fvd-every", 0, "steps between FVDs of samples; 0: none", type=non_negative_int)
-    add("--fvd-videos", 64, "samples, and clips to compare them with", type=positive_int)
+    add("--fvd-videos", 64, "samples, and clips to compare them with", type=number(int, 2, 2 ** 31 - 1))
     add("--i3d", None, "I3D weights for --fvd-every, i3d_pretrained_400.pt (see fvd.py)")
     add("--tensorboard", False, "log to TensorBoard too", action="store_true")
     add("--dry-run", False, "print what would be trained, and exit", action="store_true")
@@ -542,10 +524,15 @@ def make_parser():
 
 
 def parse_args(argv=None):
-    """-> the resolved settings: flag > preset > default. Exits with one line if they are impossible together."""
+    """-> the resolved settings: flag > preset > default. Without --preset it is the column of Table 5 for the clip's
+    shape, the nearest of MineRL where none has as many frames. Exits with one line if they are impossible together."""
     parser, defaults = make_parser()
     explicit = vars(parser.parse_args(argv))
-    preset = explicit.get("preset") or choose_preset(**{k: explicit.get(k, defaults[k]) for k in ("frames", "size")})
+    frames, size = (explicit.get(name, defaults[name]) for name in ("frames", "size"))
+    column = "ucf101-64" if size == 64 else "ucf101-32"
+    if frames != 16:
+        column = min(("minerl-64", "minerl-200", "minerl-400"), key=lambda name: abs(PRESETS[name]["frames"] - frames))
+    preset = explicit.get("preset", column)
     args = argparse.Namespace(**defaults | PRESETS[preset] | explicit | {"preset": preset})
     if args.temporal in ("gss", "mamba"):
         args.mlp_dim = explicit.get("mlp_dim")  # their own defaults, not the preset's
@@ -571,7 +558,6 @@ def parse_args(argv=None):
     refuse(args.batch_size % shares, "batch_size", f"expected a multiple of processes x --grad-accum, {shares}")
     refuse(bool(args.fvd_every) != bool(args.i3d), "fvd_every", "goes with --i3d, see python fvd.py --help")
     refuse(args.fvd_every and args.frames < fvd.MIN_FRAMES, "frames", f"FVD takes {fvd.MIN_FRAMES} or more")
-    refuse(args.fvd_every and args.fvd_videos < 2, "fvd_videos", "expected 2 or more")
     refuse(args.tensorboard and not importlib.util.find_spec("tensorboard"), "tensorboard", "pip install tensorboard")
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
     if args.classes:
@@ -582,23 +568,13 @@ def parse_args(argv=None):
     return args
 
 
-def choose_preset(frames, size):
-    """The column of Table 5 for a clip's shape; any other number of frames takes the nearest MineRL column."""
-    if frames == 16:
-        return "ucf101-64" if size == 64 else "ucf101-32"
-    return min(("minerl-64", "minerl-200", "minerl-400"), key=lambda name: abs(PRESETS[name]["frames"] - frames))
-
-
 def main():
     args = parse_args()
     if not args.dry_run:
         return train(args)
     with torch.device("meta"):
         net = UNet3D(unet_config(args))
-    gigabytes = step_memory(net.config, micro_batch_shape(args), args.grad_checkpoint) / 2**30
     say(describe(args, net, choose_device(args.device)))
-    say(f"a step takes about {gigabytes:.2f} GB in each process in float32, beside PyTorch itself, the workspaces of "
-        "its kernels and fragmentation; in bf16 autocast less")
 
 
 if __name__ == "__main__":
