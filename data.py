@@ -182,7 +182,7 @@ def read_videos(path, size=None):
     else:
         count, length = array.shape[:2] if array.ndim == 5 else (1, len(array))
         try:
-            labels = json.loads(sample_path.read_text(encoding="utf-8")).get("labels") if sample_path.is_file() else None
+            labels = json.loads(sample_path.read_text()).get("labels") if sample_path.is_file() else None
         except ValueError:
             raise DataError(f"{sample_path} is damaged; move it away to read the videos without labels") from None
         videos = [{"name": f"{path.name}[{i}]", "start": i * length, "length": length, "label": label, "split": "train"}
