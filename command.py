@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,7 +35,7 @@ def run(name, main, *told):
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are no characters
     try:
-        status = main()
+        status = record(main)()  # torchrun shows its errors as the root cause
         if dist.is_initialized():  # not after an error: it would wait for the other processes
             dist.destroy_process_group()
         sys.exit(status)
@@ -63,10 +64,10 @@ def gist(error):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line: they raise UserError."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        raise UserError(message)
 
 
 def number(kind, least, most, open_end=False):
@@ -127,6 +128,23 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_memory(device):
+    """In bytes, for this process: what a GPU has left; or its part of what the machine has, or the control group (of a
+    container, of a Slurm job) that it is in."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not Path("/proc/meminfo").exists():  # macOS
+        free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
+    else:
+        free = [1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])]
+        group = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text().split(":")[-1].strip().lstrip("/"))
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # not version 2 of control groups, or "max"
+                used = re.search(r"anon (\d+)", (folder / "memory.stat").read_text())[1]  # files can be dropped
+                free.append(int((folder / "memory.max").read_text()) - int(used))
+    return min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class LiveMemory(TorchDispatchMode):

@@ -776,7 +776,7 @@ def test_given_frames_stay_and_draw_the_others(settings):
 
 TRAIN = ("--frames 5 --size 8 --base-channels 8 --channel-mults 1 2 --time-dim 16 --heads 1 --state-size 8 --mlp-dim 8 "
          "--diffusion-steps 8 --batch-size 4 --workers 0 --log-every 1 --eval-every 3 --sample-every 100 "
-         "--save-every 2 --ema-every 2 --ema-start 3 --lr 1e-2 --precision float32 --device cpu").split()
+         "--save-every 2 --ema-every 2 --ema-start 3 --lr 1e-2 --precision float32 --device cpu --grad-accum 1").split()
 
 
 @pytest.fixture
@@ -998,7 +998,7 @@ def table_rows(heading):
 
 PAPER = [(cells[2].strip("`").removeprefix("train.py "), cells[3]) for cells in table_rows("The paper's rows")]
 STUDY = [cells[1].strip("`") for cells in table_rows("At small scale")]
-SMALL = "--base-channels 8 --heads 1 --time-dim 16 --channel-mults 1 --frames 3 --size 4 --batch-size 2"
+SMALL = "--base-channels 8 --heads 1 --time-dim 16 --channel-mults 1 --frames 3 --size 4 --batch-size 2 --grad-accum 1"
 
 
 @pytest.mark.parametrize("flags, parameters", PAPER + [(f"--preset tiny {flags}", None) for flags in STUDY])

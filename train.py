@@ -8,8 +8,10 @@
     python train.py --preset minerl-400 --dry-run                         # what would be trained
 
 --out DIR (out/PRESET-TEMPORAL) gets config.json, log.jsonl, samples/, ckpt.pt (and ckpt_previous.pt, the one before)
-and, at the end, loss.png. Stop it at any time: the same command resumes from the last checkpoint, exactly. Without
---preset the column of the paper's Table 5 is chosen by --frames and --size. An explicit flag always wins.
+and, at the end, loss.png. Stop it at any time: the same command, or `train.py --out DIR`, resumes from the last
+checkpoint, exactly. A flag on the command line wins over the run's own setting, that over the preset's (without
+--preset: of the column of the paper's Table 5 for --frames and --size), that over the default. Micro-batches and
+recomputation are chosen so that a step fits in memory; they do not change what is trained.
 
 Glossary
     x_0, t, noise   as in diffusion.py
@@ -28,6 +30,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -36,13 +39,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fvd
 from command import (LiveMemory, Parser, UserError, agree, autocast, choose_device, choose_precision, first_then_all,
-                     gather, gist, join_processes, non_negative_int, number, peak_memory, positive_float, positive_int,
-                     processes, run, say, whole_file, zero_to_one)
+                     free_memory, gather, gist, join_processes, non_negative_int, number, peak_memory, positive_float,
+                     positive_int, processes, run, say, whole_file, zero_to_one)
 from data import DataError, MazeVideos, batches, class_names, open_videos, to_float
 from diffusion import PREDICTIONS, Diffusion, label_dropped, sample_generators, training_noise
 from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails, count_parameters
@@ -74,10 +78,11 @@ TAKES = {"ssm": {"state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidire
          "none": set()}
 
 # What may differ when a run is resumed: none of it shapes the network or the data.
-MAY_CHANGE = {"preset", "steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision",
-              "compile", "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips",
+MAY_CHANGE = {"steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision", "compile",
+              "grad_checkpoint", "grad_accum", "memory_gb", "grad_clip", "tensorboard", "device", "eval_clips",
               "grid_samples", "attention_impl", "fvd_every", "fvd_videos", "i3d", "deterministic"}
 
+OVERHEAD = 1.1  # of kernels' workspaces and fragmentation, over what tensors take
 LABEL_DROPOUT = 0.1  # share of the labels that training hides: classifier-free guidance needs the unconditional network
 
 
@@ -87,9 +92,11 @@ def train(args):
     device = choose_device(args.device)
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+    join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo carries the stop flag
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "dry_run")}
+    say(fit_memory(args, device))
     net = UNet3D(unet_config(args), args.grad_checkpoint).to(device)
     say(describe(args, net, device))
-    join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo carries the stop flag
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=device.type in ("cpu", "cuda"))
     diffusion = Diffusion(args.diffusion_steps, device, args.prediction)
@@ -98,7 +105,6 @@ def train(args):
     i3d = fvd.load_i3d(args.i3d, device) if args.fvd_every else None
     videos, held_out, about_data = first_then_all(functools.partial(open_data, args))
     lock = take_folder(args.out) if rank == 0 else None  # noqa: F841, held until this process ends
-    config = {name: value for name, value in vars(args).items() if name not in ("out", "dry_run")}
     say(about_data)
     first_step = resume(args, config, net, ema, optimizer)
     if first_step >= args.steps:
@@ -110,16 +116,14 @@ def train(args):
         compile_tails()
     forward = net if world_size == 1 else DistributedDataParallel(net, [device] if device.type == "cuda" else None)
     parameters, ema_parameters = list(net.parameters()), list(ema.parameters())
-    share = args.batch_size // world_size
-    indices = range(rank * share, (rank + 1) * share)
+    indices = range(args.batch_size)[rank * args.batch_size // world_size:][:args.batch_size // world_size]
     stop_asked = watch_signals()
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
     pending, timer = [], time.perf_counter()    # losses and gradient norms since the last log line
 
-    loader = batches(videos, indices, args.seed, first_step, args.workers, device.type == "cuda", bool(args.classes))
-    for step, batch in enumerate(loader, first_step + 1):
+    loader = batches(videos, indices, args.seed, first_step, args.workers, device.type == "cuda", with_labels=True)
+    for step, (clips, labels) in enumerate(loader, first_step + 1):
         # ---- batch and noise
-        clips, labels = batch if args.classes else (batch, None)
         x_0 = to_float(clips.to(device, non_blocking=True))                                 # share c f h w
         t, noise = training_noise(x_0.shape[1:], args.seed, step - 1, indices, diffusion.T, device)
         if args.classes:
@@ -132,7 +136,7 @@ def train(args):
             last = i == args.grad_accum - 1
             with contextlib.nullcontext() if last or world_size == 1 else forward.no_sync():
                 with autocast(device, args.precision):
-                    denoiser = functools.partial(forward, labels=labels and labels[i])
+                    denoiser = functools.partial(forward, labels=labels[i] if args.classes else None)
                     loss = diffusion.loss(denoiser, *part, kind=args.loss).mean() / args.grad_accum
                 loss.backward()
             loss_sum += loss.detach()
@@ -156,7 +160,8 @@ def train(args):
         patient = not stop or step == args.steps  # a stop does not wait for samples: a scheduler gives half a minute
         evaluate, grid = due(args.eval_every, args.eval_clips), due(args.sample_every, args.grid_samples and patient)
         measure, save = due(args.fvd_every, args.i3d and patient), due(args.save_every) or stop
-        if not (evaluate or grid or measure or save or due(args.log_every)):
+        early = step - first_step in (2, 10)  # a run that will take days says so at once
+        if not (early or evaluate or grid or measure or save or due(args.log_every)):
             continue
         record = {"step": step} | mean_and_check(pending, timer, parameters, args)
         if evaluate:
@@ -180,7 +185,7 @@ def train(args):
     if rank == 0 and importlib.util.find_spec("matplotlib"):
         draw_curves(args.out)
     say(f"stopped at step {step}, saved in {args.out}; the same command resumes" if step < args.steps else
-        f"done; pictures in {args.out / 'samples'}; python sample.py --ckpt {args.out / 'ckpt.pt'} for more")
+        f"done, saved in {args.out}; python sample.py --ckpt {shlex.quote(str(args.out))} draws videos")
 
 
 def label_numbers(labels, classes, device):
@@ -223,26 +228,28 @@ def held_out_loss(net, diffusion, videos, args):
     """
     device = torch.device(diffusion.device)
 
-    def losses(indices):
+    def quartile_losses(indices):
         for i in indices:
             clip, label = videos.clip_and_label(i)
             x_0 = to_float(torch.from_numpy(clip)).to(device)                               # c f h w
-            draws = [training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T) for quartile in range(4)]
-            t = torch.cat([(quartile * diffusion.T + t) // 4 for quartile, (t, _) in enumerate(draws)]).to(device)
-            noise = torch.cat([noise for _, noise in draws]).to(device)                     # 4 c f h w
-            denoiser = functools.partial(net, labels=label_numbers([label] * 4, args.classes, device))
-            yield diffusion.loss(denoiser, x_0.expand_as(noise), t, noise, args.loss).tolist()
+            denoiser, losses = functools.partial(net, labels=label_numbers([label], args.classes, device)), []
+            for quartile in range(4):
+                t, noise = training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T)
+                t, noise = ((quartile * diffusion.T + t) // 4).to(device), noise.to(device)
+                losses.append(diffusion.loss(denoiser, x_0[None], t, noise, args.loss).item())
+            yield losses
 
     with autocast(device, args.precision), kernels_once(net, args.frames):
-        quartiles = torch.tensor(share_out(args.eval_clips, losses), device=device).mean(0).tolist()
+        quartiles = torch.tensor(share_out(args.eval_clips, quartile_losses), device=device).mean(0).tolist()
     return {"held_out_loss": sum(quartiles) / 4, "held_out_quartiles": quartiles}
 
 
 def draw_samples(net, diffusion, args, count):
     """Draw the first `count` samples -> uint8 (count, f, h, w, 3). With classes, sample i has the class i mod their
     number."""
+    say(f"drawing {count} samples")
     rank, _, world_size = processes()
-    share, device = args.batch_size // world_size, torch.device(diffusion.device)
+    share, device = args.batch_size // world_size // args.grad_accum, torch.device(diffusion.device)
     progress = functools.partial(tqdm, desc="sampling", leave=False, disable=True if rank else None)
     sample = functools.partial(diffusion.sample, progress=progress)
 
@@ -317,6 +324,11 @@ def take_folder(out):
     return lock
 
 
+def newest_checkpoint(out):
+    """-> the path of the checkpoint that a run resumes from; None if there is none yet."""
+    return next((path for path in (out / "ckpt.pt", out / "ckpt_previous.pt") if path.exists()), None)
+
+
 def save_checkpoint(out, step, config, net, ema, optimizer):
     """Write out/ckpt.pt, all that resuming needs; the one before stays as ckpt_previous.pt. Raises OSError."""
     with whole_file(out / "ckpt.pt") as file:
@@ -330,11 +342,13 @@ def save_checkpoint(out, step, config, net, ema, optimizer):
 def resume(args, config, net, ema, optimizer):
     """Load the newest checkpoint of a run, if there is one -> its step, or 0. Raises UserError for settings that must
     not change, and for a checkpoint that cannot be used."""
-    path = next((path for path in (args.out / "ckpt.pt", args.out / "ckpt_previous.pt") if path.exists()), None)
+    path = newest_checkpoint(args.out)
     ckpt = load_checkpoint(path) if path else {"step": 0}
     agree(ckpt["step"], f"--out {args.out} holds different checkpoints on different machines; expected a shared folder")
     if not path:
         return 0
+    if "optimizer" not in ckpt:
+        raise UserError(f"{path} holds what sample.py needs, and no optimiser state: a training cannot resume from it")
     saved = make_parser()[1] | ckpt["config"]  # the checkpoint may be older than a flag
     changed = {name: f"--{name.replace('_', '-')} {saved[name]} -> {new}" for name, new in config.items()
                if saved[name] != new}
@@ -352,6 +366,17 @@ def resume(args, config, net, ema, optimizer):
         raise UserError(f"{path} does not fit this network ({gist(error)}); choose another --out") from None
     say(*changed.values(), f"resuming from step {ckpt['step']} of {args.steps}", sep="\n")
     return ckpt["step"]
+
+
+def read_config(out, known):
+    """-> the settings of the run in a folder, those whose names are `known`; {} if there is none to be resumed."""
+    path = out / "config.json"
+    if not (newest_checkpoint(out) and path.exists()):
+        return {}
+    try:
+        return {name: value for name, value in json.loads(path.read_text()).items() if name in known}
+    except (AttributeError, ValueError):
+        raise UserError(f"{path} is damaged; give the run's flags after moving it away") from None
 
 
 def start_log(args, config, first_step):
@@ -412,64 +437,106 @@ def unet_config(args):
                       channel_mults=tuple(args.channel_mults), **{name: getattr(args, name) for name in shared})
 
 
-def step_memory(config, clip_shape, grad_checkpoint=False):
-    """-> bytes that a training step takes in float32 for clips of `clip_shape` (b, c, f, h, w): parameters, Adam's two
-    moments and the EMA, as large each, and what the forward and backward pass holds at its peak, gradients included,
-    counted on tensors without data. Not in it: PyTorch itself, workspaces of its kernels, fragmentation."""
-    with torch.device("meta"), LiveMemory() as memory:
+def step_memory(config, clip_shape, device, precision="float32", grad_checkpoint=False):
+    """-> bytes that a training step takes for clips of `clip_shape` (b, c, f, h, w): parameters, Adam's two moments and
+    the EMA, as large each, and what the forward and backward pass holds at its peak, gradients included, counted on
+    tensors without data. Not in it: PyTorch itself, workspaces of its kernels, fragmentation."""
+    with FakeTensorMode(), torch.device(device), LiveMemory() as memory:
         net = UNet3D(config, grad_checkpoint)
         memory.live = memory.peak = 4 * 4 * count_parameters(net)
         x, t = torch.empty(clip_shape), torch.empty(clip_shape[0], dtype=torch.long)
-        (net(x, t) - x).square().mean().backward()
+        with autocast(device, precision):
+            loss = (net(x, t).float() - x).square().mean()
+        loss.backward()
     return memory.peak
 
 
+def fit_memory(args, device):
+    """Choose the fewest micro-batches whose step fits in memory and, only if single clips do not fit without it,
+    recomputation: sets args.grad_accum and args.grad_checkpoint, unless they were given -> a line about it. Raises
+    UserError if nothing fits."""
+    config, share = unet_config(args), args.batch_size // processes()[2]
+    # a CPU's figure is that of the process, which has something already
+    limit = args.memory_gb and args.memory_gb * 2**30 - (device.type != "cuda" and peak_memory(device))
+    limit = limit or 0.9 * free_memory(device)
+
+    def takes(clips, recompute):
+        shape = clips, config.video_channels, args.frames, args.size, args.size
+        return OVERHEAD * step_memory(config, shape, device, choose_precision(device, args.precision), recompute)
+
+    if args.grad_accum:
+        gigabytes = takes(share // args.grad_accum, args.grad_checkpoint) / 2**30 if args.dry_run else None
+        return f"a step takes about {gigabytes:.1f} GB in each process" if gigabytes else "micro-batches as given"
+    with torch.device("meta"):
+        gradients = 4 * count_parameters(UNet3D(config))  # of the micro-batches before
+    for recompute in sorted({args.grad_checkpoint, True}):
+        parts, expected = 1, takes(share, recompute)
+        if expected > limit and share > 1:
+            one = takes(1, recompute) + gradients
+            per_clip = (expected - one) / (share - 1)
+            sizes = [share // n for n in range(2, share + 1) if share % n == 0]
+            clips = next((clips for clips in sizes if one + (clips - 1) * per_clip <= limit), 1)
+            parts, expected = share // clips, one + (clips - 1) * per_clip
+        if expected <= limit:
+            break
+    else:
+        raise UserError(f"a training step takes {expected / 2**30:.1f} GB even with single clips and recomputation; "
+                        f"{limit / 2**30:.1f} GB are free; try a smaller --frames, --size or --base-channels")
+    args.grad_accum, args.grad_checkpoint = max(gather(parts)), any(gather(recompute))
+    how = ", recomputing blocks" if args.grad_checkpoint else ""
+    return (f"a step takes about {expected / 2**30:.1f} GB in each process{how}; {limit / 2**30:.1f} GB are free "
+            "(--memory-gb)")
+
+
 def describe(args, net, device):
-    """The resolved configuration in a few lines; with --dry-run also what memory a step takes."""
+    """The resolved configuration: a line for each group of flags, without those that the temporal layer ignores."""
     def count(pattern):
         return sum(p.numel() for name, p in net.named_parameters() if re.search(pattern, name))
 
     temporal, time_embedding = count("temporal|position_bias"), count("time_mlp|to_scale_shift|class_embedding")
-    world_size = processes()[2]
-    shape = args.batch_size // world_size // args.grad_accum, 3, args.frames, args.size, args.size
-    lines = [f"preset {args.preset}: " + ", ".join(f"{name}={value}" for name, value in sorted(vars(args).items())),
-             f"{count(''):,} parameters: {temporal:,} in temporal layers, {time_embedding:,} in the time embedding, "
-             f"{count('') - temporal - time_embedding:,} in spatial layers",
-             f"global batch {args.batch_size} = {world_size} processes x {args.grad_accum} micro-batches of x {shape} "
-             f"in [-1, 1]; {device.type}, {choose_precision(device, args.precision)}; output in {args.out}"]
-    if args.dry_run:
-        gigabytes = step_memory(net.config, shape, args.grad_checkpoint) / 2**30
-        lines.append(f"a step takes about {gigabytes:.2f} GB in each process in float32, beside PyTorch itself, the "
-                     "workspaces of its kernels and fragmentation; in bf16 autocast less")
-    return "\n".join(lines)
+    world_size, parts = processes()[2], args.grad_accum
+    shape = args.batch_size // world_size // parts, 3, args.frames, args.size, args.size
+    ignored = set().union(*TAKES.values()) - TAKES[args.temporal] | {"dry_run"}
+    settings = {title: [f"{name.replace('_', '-')} {value}" for name in names if name not in ignored
+                        and (value := getattr(args, name)) not in (None, False)]
+                for title, names in make_parser()[2].items()}
+    return "\n".join([
+        *(f"{title}: {', '.join(values)}" for title, values in settings.items() if values),
+        f"{count(''):,} parameters: {temporal:,} in temporal layers, {time_embedding:,} in the time embedding, "
+        f"{count('') - temporal - time_embedding:,} in spatial layers",
+        f"global batch {args.batch_size} = {world_size} processes x {parts} micro-batches of x {shape} in [-1, 1]; "
+        f"{device.type}, {choose_precision(device, args.precision)}"])
 
 
 # ---------------------------------------------------------------------------------------- flags
 
 
 def make_parser():
-    """-> the parser, which leaves out what is not on the command line, and the defaults of its flags."""
-    parser, defaults = Parser(prog="train.py", description="Train a video diffusion model."), {}
+    """-> the parser, which leaves out what is not on the command line; the flags' defaults; their names by group."""
+    parser, defaults, groups = Parser(prog="train.py", description="Train a video diffusion model."), {}, {}
 
     def add(flag, default, help, **settings):
-        defaults[flag[2:].replace("-", "_")] = default
+        name = flag[2:].replace("-", "_")
+        defaults[name] = default
+        groups.setdefault(group.title, []).append(name)
         help += "" if default in (None, False) else f" ({default})"
         group.add_argument(flag, default=argparse.SUPPRESS, help=help, **settings)
 
     group = parser.add_argument_group("what to train")
-    add("--preset", None, "column of Table 5, or tiny (the column for --frames and --size)", choices=PRESETS)
+    add("--preset", None, "column of Table 5, or tiny (the column nearest to --frames and --size)", choices=PRESETS)
     group = parser.add_argument_group("data")
     add("--data", "maze", "packed .npy file, folder of videos, or the embedded maze walks")
     add("--split", "train", "videos to train on", choices=("train", "test", "all"))
     add("--classes", False, "class-conditional, by the data's labels: class folders, wall colours", action="store_true")
     add("--frames", 16, "frames per clip", type=positive_int)
     add("--size", 32, "height and width", type=positive_int)
-    add("--workers", 2, "data loader workers of each process", type=non_negative_int)
+    add("--workers", min(2, os.cpu_count()), "data loader workers of each process", type=non_negative_int)
 
     group = parser.add_argument_group("network")
-    add("--temporal", "ssm", "temporal layer", choices=TEMPORAL_LAYERS)
+    add("--temporal", "ssm", "temporal layer", choices=TEMPORAL_LAYERS, type=temporal_layer)
     add("--base-channels", 64, "width of the first level", type=positive_int)
-    add("--channel-mults", (1, 2, 4, 8), "width of each level, in base channels", type=positive_int, nargs="+")
+    add("--channel-mults", (1, 2, 4, 8), "width of each level, in base channels: 1 2 4 is three levels", nargs="+",
+        type=positive_int)
     add("--time-dim", 1024, "width of the time embedding", type=positive_int)
     add("--heads", 8, "attention heads, spatial ones too", type=positive_int)
     add("--head-dim", 64, "width of a temporal attention head", type=positive_int)
@@ -478,7 +545,7 @@ def make_parser():
     group = parser.add_argument_group("temporal layers with SSMs")
     add("--ssm", "s4d", "of --temporal mamba: the paper's, or selective", choices=SSMS)
     add("--state-size", None, "N, the paper's SSM hidden dims (512, of s6 16)", type=positive_int)
-    add("--mlp-dim", None, "hidden width (512, of gss 3 x channels, of mamba no MLP)", type=positive_int)
+    add("--mlp-dim", None, "hidden width (512, of gss 3 x channels; mamba: without)", type=positive_int)
     add("--mlp-layers", 2, "layers of the MLP (Table 3)", type=int, choices=(0, 1, 2))
     add("--mlp-position", "post", "MLP after or before the SSM (Table 3)", choices=("post", "pre"))
     add("--unidirectional", False, "leave the backward SSM out (Table 3)", action="store_true")
@@ -492,7 +559,6 @@ def make_parser():
     group = parser.add_argument_group("optimisation")
     add("--steps", 92_000, "training steps in all", type=positive_int)
     add("--batch-size", 64, "clips per step, over all processes", type=positive_int)
-    add("--grad-accum", 1, "micro-batches per step of each process", type=positive_int)
     add("--lr", 3e-4, "learning rate of Adam, constant", type=positive_float)
     add("--grad-clip", None, "largest gradient norm (not clipped)", type=positive_float)
     add("--ema-decay", 0.995, "decay of the EMA weights, per update", type=zero_to_one)
@@ -505,7 +571,9 @@ def make_parser():
     add("--precision", "auto", "bf16 autocast or float32; auto: bf16 if native", choices=("auto", "bf16", "float32"))
     add("--compile", False, "torch.compile the elementwise work, for GPUs", action="store_true")
     add("--deterministic", False, "the same bits on every run on a GPU, too; slower", action="store_true")
-    add("--grad-checkpoint", False, "less memory: recompute blocks in the backward pass", action="store_true")
+    add("--grad-accum", None, "micro-batches per step of each process (as memory asks)", type=positive_int)
+    add("--grad-checkpoint", False, "recompute blocks in the backward pass (if memory asks)", action="store_true")
+    add("--memory-gb", None, "what a process may take (what is free)", type=positive_float)
 
     group = parser.add_argument_group("output")
     add("--out", None, "folder of the run (out/PRESET-TEMPORAL)", type=Path)
@@ -513,41 +581,52 @@ def make_parser():
     add("--eval-every", 1000, "steps between held-out losses", type=positive_int)
     add("--sample-every", 10_000, "steps between sample grids", type=positive_int)
     add("--save-every", 1000, "steps between checkpoints", type=positive_int)
-    add("--eval-clips", 16, "clips of the held-out loss; 0: none", type=non_negative_int)
-    add("--grid-samples", 9, "videos in a sample grid; 0: none", type=non_negative_int)
-    add("--fvd-every", 0, "steps between FVDs of samples; 0: none", type=non_negative_int)
+    add("--eval-clips", 16, "clips of the held-out loss; 0: off", type=non_negative_int)
+    add("--grid-samples", 9, "videos in a sample grid; 0: off", type=non_negative_int)
+    add("--fvd-every", 0, "steps between FVDs of samples; 0: off", type=non_negative_int)
     add("--fvd-videos", 64, "samples, and clips to compare them with", type=number(int, 2, 2 ** 31 - 1))
     add("--i3d", None, "I3D weights for --fvd-every, i3d_pretrained_400.pt (see fvd.py)")
     add("--tensorboard", False, "log to TensorBoard too", action="store_true")
     add("--dry-run", False, "print what would be trained, and exit", action="store_true")
-    return parser, defaults
+    return parser, defaults, groups
+
+
+def temporal_layer(name):
+    if name == "s4d":
+        raise argparse.ArgumentTypeError("S4D is what ssm is made of; write --temporal ssm")
+    return name
 
 
 def parse_args(argv=None):
-    """-> the resolved settings: flag > preset > default. Without --preset it is the column of Table 5 for the clip's
-    shape, the nearest of MineRL where none has as many frames. Exits with one line if they are impossible together."""
-    parser, defaults = make_parser()
+    """-> the resolved settings: flag > the run in --out, if it has begun > preset > default. Raises UserError if they
+    are impossible together."""
+    parser, defaults, _ = make_parser()
     explicit = vars(parser.parse_args(argv))
     frames, size = (explicit.get(name, defaults[name]) for name in ("frames", "size"))
-    column = "ucf101-64" if size == 64 else "ucf101-32"
+    nearest = "ucf101-64" if size == 64 else "ucf101-32"
     if frames != 16:
-        column = min(("minerl-64", "minerl-200", "minerl-400"), key=lambda name: abs(PRESETS[name]["frames"] - frames))
-    preset = explicit.get("preset", column)
-    args = argparse.Namespace(**defaults | PRESETS[preset] | explicit | {"preset": preset})
+        nearest = min(("minerl-64", "minerl-200", "minerl-400"), key=lambda name: abs(PRESETS[name]["frames"] - frames))
+    preset = explicit.get("preset", nearest)
+    out = explicit.get("out") or Path("out") / f"{preset}-{explicit.get('temporal', defaults['temporal'])}"
+    given = read_config(out, defaults) | explicit
+    if "preset" not in given:
+        say(f"preset {nearest}, the paper's for the clips nearest to {frames} frames of {size}x{size}; --preset tiny "
+            "trains a small network in minutes")
+    preset = given.setdefault("preset", nearest)
+    args = argparse.Namespace(**defaults | PRESETS[preset] | given | {"out": out})
     if args.temporal in ("gss", "mamba"):
-        args.mlp_dim = explicit.get("mlp_dim")  # their own defaults, not the preset's
+        args.mlp_dim = given.get("mlp_dim")  # their own defaults, not the preset's
     if args.ssm == "s6":
-        args.state_size = explicit.get("state_size")
+        args.state_size = given.get("state_size")
     args.heads = args.heads or max(1, args.base_channels // 8)
     args.time_dim = args.time_dim or 32 * args.base_channels
     args.channel_mults = list(args.channel_mults)
-    args.out = args.out or Path("out") / f"{preset}-{args.temporal}"
 
     def refuse(wrong, name, expected):
         if wrong:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: {expected}")
 
-    takes, shares = TAKES[args.temporal], processes()[2] * args.grad_accum
+    takes, shares = TAKES[args.temporal], processes()[2] * (args.grad_accum or 1)
     for name in set().union(*TAKES.values()) & explicit.keys() - takes:
         refuse(True, name, f"--temporal {args.temporal} does not use it; it takes {', '.join(sorted(takes)) or 'none'}")
     factor = 2 ** (len(args.channel_mults) - 1)
@@ -572,9 +651,11 @@ def main():
     args = parse_args()
     if not args.dry_run:
         return train(args)
+    device = choose_device(args.device)
+    say(fit_memory(args, device))
     with torch.device("meta"):
         net = UNet3D(unet_config(args))
-    say(describe(args, net, choose_device(args.device)))
+    say(describe(args, net, device))
 
 
 if __name__ == "__main__":
