@@ -898,6 +898,65 @@ def test_what_must_not_change_is_refused(run_train, tmp_path):
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
+def test_a_run_resumes_from_its_folder_alone(run_train, tmp_path):
+    run_train("--steps", 2, "--out", tmp_path, "--lr", 3e-3)
+    config = (tmp_path / "config.json").read_bytes()
+    args = train.parse_args(["--out", str(tmp_path)])
+    assert (args.lr, args.frames, args.channel_mults, args.temporal, args.steps) == (3e-3, 5, [1, 2], "ssm", 2)
+    train.train(args)  # nothing to do
+    assert (tmp_path / "config.json").read_bytes() == config
+    train.train(train.parse_args(["--out", str(tmp_path), "--lr", "1e-3", "--steps", "3"]))
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 1e-3
+    assert read_log(tmp_path)[-1]["step"] == 3
+    ckpt = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    torch.save({name: ckpt[name] for name in ("step", "config", "unet", "ema")}, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="no optimiser state"):  # as the one in assets/
+        train.train(train.parse_args(["--out", str(tmp_path), "--steps", "4"]))
+
+
+@pytest.mark.parametrize("gigabytes, parts, recompute", [(9, 1, False), (7, 2, False), (2.1, 4, False),
+                                                         (1.9, 8, False), (0.9, 8, True), (0.4, None, None)])
+def test_micro_batches_fit_in_memory(gigabytes, parts, recompute, monkeypatch):
+    def takes(config, shape, device, precision, grad_checkpoint):  # 1 or 2 GB a clip, half of it recomputed
+        return 2**30 * shape[0] * (0.5 if grad_checkpoint else 1)
+
+    monkeypatch.setattr(train, "step_memory", takes)
+    monkeypatch.setattr(train, "OVERHEAD", 1)
+    monkeypatch.setattr(train, "free_memory", lambda device: 2**30 * gigabytes / 0.9)
+    args = train.parse_args("--preset tiny".split())
+    if parts is None:
+        with pytest.raises(UserError, match="0.5 GB .* 0.4 GB"):
+            train.fit_memory(args, torch.device("cpu"))
+    else:
+        train.fit_memory(args, torch.device("cpu"))
+        assert (args.grad_accum, args.grad_checkpoint) == (parts, recompute)
+
+
+def test_micro_batches_and_recomputation_do_not_change_a_run(run_train, tmp_path):
+    def run(*flags):
+        out = tmp_path / "-".join(["run", *flags])
+        run_train("--steps", 5, "--eval-clips", 0, "--grid-samples", 0, "--out", out, *flags)
+        return [loss for _, loss, _ in losses(out)]
+
+    expected = run("--grad-accum", "1")
+    for flags in (["--grad-accum", "2"], ["--grad-accum", "4", "--grad-checkpoint"]):
+        assert np.allclose(run(*flags), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("precision, grad_checkpoint", [("bf16", True)])
+def test_the_memory_of_a_step_is_that_of_its_tensors(precision, grad_checkpoint):
+    config, shape = UNetConfig(**TINY), (2, 3, 12, 8, 8)
+    device = torch.device("cpu")
+    with LiveMemory() as memory:
+        net = UNet3D(config, grad_checkpoint)
+        memory.live = memory.peak = 16 * model.count_parameters(net)
+        x, t = torch.randn(shape), torch.zeros(2).long()
+        with autocast(device, precision):
+            loss = (net(x, t).float() - x).square().mean()
+        loss.backward()
+    assert train.step_memory(config, shape, device, precision, grad_checkpoint) == pytest.approx(memory.peak, rel=0.02)
+
+
 def test_divergence_leaves_the_checkpoint(run_train, tmp_path):
     run_train("--steps", 2, "--out", tmp_path)
     before = (tmp_path / "ckpt.pt").read_bytes()
