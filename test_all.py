@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import runpy
 import shutil
 import signal
 import struct
@@ -1276,11 +1277,12 @@ def test_maze_walks_are_a_function_of_their_key():
     assert walk.shape == (40, 16, 16, 3) and walk.dtype == np.uint8
     digest = "846c1ec5378d7026fa69af54cd1208c36bb67875801417ad65bf08d440873bfc"
     assert hashlib.sha256(walk.tobytes()).hexdigest() == digest, "other mazes would be other training curves"
-    assert np.array_equal(walk, MazeVideos(40, 16).clip(3, 5)) and label == MazeVideos(40, 16).label(3, 5)
+    assert np.array_equal(walk, MazeVideos(40, 16).clip(3, 5)) and label in data.COLOUR_NAMES
     assert np.array_equal(walk[:7], MazeVideos(7, 16).clip(3, 5)), "a shorter walk is the beginning of a longer one"
     for split, key in (("test", (3, 5)), ("train", (5, 3)), ("train", (3,)), ("train", (3, 5, 0))):
         assert not np.array_equal(walk, MazeVideos(40, 16, split).clip(*key))
-    assert {MazeVideos(1, 8).label(0, i) for i in range(100)} == set(data.class_names(None)) == set(data.COLOUR_NAMES)
+    labels = {MazeVideos(1, 8).clip_and_label(0, i)[1] for i in range(100)}
+    assert labels == set(data.class_names(None)) == set(data.COLOUR_NAMES)
 
 
 def test_long_walks_come_back_to_the_same_pictures_and_never_pass_through_walls():
@@ -1301,7 +1303,7 @@ def test_long_walks_come_back_to_the_same_pictures_and_never_pass_through_walls(
 
 def test_every_window_is_equally_likely_and_none_crosses_a_boundary(three_videos):
     videos = data.PackedVideos(three_videos, frames=4, size=8)
-    assert videos.num_windows == 7 + 2 and videos.num_too_short == 1
+    assert len(videos) == videos.num_windows == 7 + 2 and videos.num_too_short == 1
     counts = {}
     for i in range(1800):
         clip = videos.clip(0, i)
@@ -1322,7 +1324,7 @@ def test_batches_do_not_depend_on_world_size_first_step_or_workers(maze, three_v
         for rank in range(2):
             clips, labels = next(ranks[rank])
             assert torch.equal(clips, step[rank::2])
-            assert labels == [videos.label(7, number, i) for i in range(rank, 4, 2)]
+            assert labels == [videos.clip_and_label(7, number, i)[1] for i in range(rank, 4, 2)]
     resumed = data.batches(videos, range(4), seed=7, first_step=2, workers=2)
     assert all(torch.equal(next(resumed), step) for step in steps[2:])
     assert torch.equal(steps[3][1], torch.from_numpy(videos.clip(7, 3, 1)))
@@ -1495,26 +1497,69 @@ def test_reading_refuses_in_one_line(name, three_videos, tmp_path, monkeypatch):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("source, out", [("packed.npy", "again.npy"), ("source", "packed.npy"), ("source", "mine.npy"),
-                                         ("source", "mine.npz")])
-def test_packing_never_overwrites(source, out, three_videos, tmp_path):
-    before = three_videos.read_bytes()
-    (tmp_path / "mine.json").write_text('["not an index"]')
+@pytest.mark.parametrize("source, out, settings", [
+    ("packed.npy", "again.npy", {}), ("source", "packed.npy", {"stride": 2}), ("source", "mine.npy", {}),
+    ("source", "mine.npz", {}), ("source", "old.npy", {})])
+def test_packing_never_overwrites(source, out, settings, three_videos, tmp_path):
+    for name, text in [("mine.json", '["not an index"]'), ("old.npy", "without an index")]:
+        (tmp_path / name).write_text(text)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(data.DataError):
-        data.pack(tmp_path / source, tmp_path / out, size=8)
-    assert three_videos.read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ["mine.json", "packed.json", "packed.npy", "source"]
+        data.pack(tmp_path / source, tmp_path / out, size=8, **settings)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
-def test_the_command_of_data(tmp_path):
-    out = tmp_path / "maze.npy"
-    for source, status, stdout, stderr in [("maze", 0, "packed 2 videos (2 train, 0 test), 10 frames of 8x8 into", ""),
-                                           (tmp_path / "missing", 1, "", "data.py: .*missing cannot be read")]:
-        done = subprocess.run([sys.executable, data.__file__, source, "--size", "8", "--frames", "5", "--num", "2",
-                               "--out", out], capture_output=True, text=True)
-        assert done.returncode == status and done.stdout.startswith(stdout) and done.stdout.count("\n") == 1 - status
-        assert re.match(stderr, done.stderr) and done.stderr.count("\n") <= (1 if status else 9)
-    assert np.array_equal(np.load(out)[5:], MazeVideos(5, 8).clip(0, 1))
+@pytest.fixture
+def data_command(tmp_path, monkeypatch, capsys):
+    """Run data.py in an empty folder -> what it exits with, 0 or its one line, and what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(flags):
+        monkeypatch.setattr(sys, "argv", ["data.py", *flags.split()])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(data.__file__, run_name="__main__")
+        return stopped.value.code or 0, capsys.readouterr().out
+
+    return run
+
+
+def test_the_command_of_data(data_command, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/far/away")
+    assert "/far/away/ssm-video-diffusion" in data_command("--help")[1]
+    walks = "maze --size 8 --frames 5 --num 2 --out maze.npy"
+    status, printed = data_command(walks)
+    assert status == 0 and printed.startswith("packed 2 videos (2 train, 0 test), 2 classes, 10 frames of 8x8 into")
+    assert np.array_equal(np.load("maze.npy")[5:], MazeVideos(5, 8).clip(0, 1))
+    written = os.stat("maze.npy").st_mtime_ns
+    status, printed = data_command(walks)
+    assert status == 0 and "already" in printed and os.stat("maze.npy").st_mtime_ns == written
+    for refused in (walks + " --seed 1", "missing --size 8 --out maze.npy", "missing --size 8 --out new.npy"):
+        status, printed = data_command(refused)
+        assert re.fullmatch("data.py: .+", status) and printed == ""
+
+
+def test_stride_and_test_fraction(data_command):
+    for i in range(30):
+        write_npy(Path("source", "ab"[i % 2], f"{i}.npy"), 7, first=i)
+    packing = "source --size 8 --stride 3 --test-fraction 0.2 --out packed.npy"
+    status, printed = data_command(packing)
+    index = json.loads(Path("packed.json").read_text())
+    tests = {video["name"] for video in index["videos"] if video["split"] == "test"}
+    assert status == 0 and 2 <= len(tests) <= 11 and index["stride"] == 3
+    assert printed.startswith(f"packed 30 videos ({30 - len(tests)} train, {len(tests)} test), 2 classes, 90 frames")
+    clip = data.open_videos("packed.npy", 3, 8, "test").clip(0)
+    assert (np.diff(clip[:, 0, 0, 0].astype(int)) == 3).all()
+    assert "already" in data_command(packing)[1] and isinstance(data_command(packing.replace("3", "2"))[0], str)
+    shutil.rmtree("source/a")
+    write_npy(Path("source", "new", "0.npy"), 7)
+    assert isinstance(data_command(packing)[0], str), "other videos by now"
+    index = data.pack("source", "fewer.npy", size=8, workers=1, test_fraction=0.2)
+    assert tests & {f"b/{i}.npy" for i in range(30)} == {video["name"] for video in index["videos"]
+                                                         if video["split"] == "test"} - {"new/0.npy"}
+    index = data.pack("source/new", "one.npy", size=8, workers=1, test_fraction=0.001)
+    assert index["videos"][0]["split"] == "test", "one at least"
+    os.rename("source/new", "source/test")
+    assert "--test-fraction" in data_command("source --size 8 --test-fraction 0.1 --out split.npy")[0]
 
 
 # ------------------------------------------------------------------------------------------------ fvd
