@@ -181,12 +181,12 @@ def read_videos(path, size=None):
             videos = json.loads(index_path.read_text(encoding="utf-8"))["videos"]
         else:
             count, length = array.shape[:2] if array.ndim == 5 else (1, len(array))
-            labels = json.loads(sample_path.read_text())["labels"] if sample_path.is_file() else None
+            labels = json.loads(sample_path.read_text()).get("labels") if sample_path.is_file() else None
             videos = [{"name": f"{path.name}[{i}]", "start": i * length, "length": length, "label": label,
                        "split": "train"} for i, label in enumerate(labels or [None] * count)]
         lengths = [video["length"] for video in videos]
         right = [video["start"] for video in videos] + [len(pixels)] == [0, *itertools.accumulate(lengths)]
-    except (ValueError, LookupError, TypeError):
+    except (AttributeError, LookupError, TypeError, ValueError):
         right = False
     if not right:
         raise DataError(f"the .json file beside {path} does not describe its {len(pixels)} frames; move it away")

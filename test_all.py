@@ -13,10 +13,12 @@ import re
 import runpy
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 # Processes with several threads each stall one another on a machine with few cores; those that tests start inherit it.
@@ -1658,7 +1660,7 @@ def videos_of(frames, size, n=1, seed=0):
     return (127.5 + 60 * waves).astype(np.uint8).transpose(0, 2, 3, 4, 1)
 
 
-@pytest.mark.parametrize("frames, size", [(9, 64), (16, 57), (30, 64)])
+@pytest.mark.parametrize("frames, size", [(9, 32), (16, 57), (30, 32)])
 @torch.inference_mode()
 def test_an_independent_i3d_agrees(net, weights, frames, size):
     blocks = torch.nn.Sequential(*list(net.children())[:-1])  # all but the head, which needs 224x224
@@ -1732,10 +1734,16 @@ def test_fewer_videos_than_features():
     # from the data, without any covariance: C1^1/2 C2^1/2 has the singular values of X Y^T / sqrt((n - 1)(m - 1))
     cross = np.linalg.svd(xc @ yc.T, compute_uv=False).sum() / math.sqrt(59 * 89)
     exact = ((x.mean(0) - y.mean(0)) ** 2).sum() + (xc ** 2).sum() / 59 + (yc ** 2).sum() / 89 - 2 * cross
-    for unit in (1e-6, 1, 1e6):
-        assert abs(fvd.fvd(x * unit, y * unit) / unit ** 2 - exact) <= 1e-9 * exact
-        assert 0 <= fvd.fvd(x * unit, x * unit) <= 1e-9 * exact * unit ** 2
-    assert abs(fvd.fvd(torch.from_numpy(x), torch.from_numpy(y)) - exact) <= 1e-9 * exact
+    with pytest.warns(UserWarning, match="60 and 90 samples") as caught:
+        assert abs(fvd.fvd(torch.from_numpy(x), torch.from_numpy(y)) - exact) <= 1e-9 * exact
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning):
+        for unit in (1e-6, 1, 1e6):
+            assert abs(fvd.fvd(x * unit, y * unit) / unit ** 2 - exact) <= 1e-9 * exact
+            assert 0 <= fvd.fvd(x * unit, x * unit) <= 1e-9 * exact * unit ** 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fvd.fvd(x[:, :50], y[:, :50])  # more samples than features
 
 
 def test_rank_one_and_zero_covariances():
@@ -1793,6 +1801,7 @@ def fvd_command(scripted_file, tmp_path, monkeypatch):
     """Run fvd.py in an empty folder on real.npy (12 clips) and fake.npy (9) -> its result, or what it exits with."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "packed")
+    monkeypatch.setattr(fvd, "SIZE", 32)  # resizing to 224 would take most of the time
     np.save("real.npy", videos_of(12, 16, n=12, seed=1))
     np.save("fake.npy", videos_of(9, 16, n=9, seed=2))
 
@@ -1867,11 +1876,16 @@ def test_an_interrupted_run_resumes_and_gives_the_same_digits(fvd_command, after
     assert fvd_command() == expected
     assert sorted(computed) == sorted(2 * [2] + 3 * [4] + [4, 4, 1])  # black and white twice, no other clip
     assert fvd_command() == expected and len(computed) == 9          # all of it from the cache
+    for file in Path("cache").glob("*.npy"):
+        file.write_bytes(file.read_bytes()[:-9])
+    assert fvd_command() == expected and len(computed) == 9 + 7      # what was cut off is computed again
 
 
 def test_a_result_is_never_overwritten_by_another(fvd_command):
     before = fvd_command()
     assert "fake.fvd.json" in fvd_command("--seed 1")
+    Path("notes.txt").write_text("not a result")
+    assert "notes.txt" in fvd_command("--out notes.txt") and Path("notes.txt").read_text() == "not a result"
     np.save("real.npy", videos_of(12, 16, n=12, seed=9))
     assert "fake.fvd.json" in fvd_command() and json.loads(Path("fake.fvd.json").read_text()) == before
     assert fvd_command(out="new.json")["fvd"] != before["fvd"]
@@ -1880,12 +1894,14 @@ def test_a_result_is_never_overwritten_by_another(fvd_command):
 @pytest.mark.parametrize("flags", [
     "--real float.npy", "--real folder", "--real short.npy", "--fake short.npy", "--frames 8", "--split test",
     "--stride 2", "--num-fake 10", "--num-real 1000", "--protocol 2048", "--repeats 0", "--i3d none.pt",
-    "--i3d other.pt", "--i3d code.pt", "--i3d SCRIPTED", "--i3d-torchscript other.pt", ""])
+    "--i3d other.pt", "--i3d code.pt", "--i3d SCRIPTED", "--i3d-torchscript other.pt",
+    "--i3d-torchscript foreign.pt", ""])
 def test_fvd_bad_input_is_one_line(fvd_command, scripted_file, flags, capfd):
     np.save("float.npy", np.zeros((4, 9, 8, 8, 3), np.float32))
     np.save("short.npy", np.zeros((4, 8, 8, 8, 3), np.uint8))
     write_npy(Path("folder", "0.npy"), 9)
     torch.save({"x": 1}, "other.pt")
+    torch.jit.script(torch.nn.Identity()).save("foreign.pt")
     Path("code.pt").write_bytes(pickle.dumps(Code()))
     flags = flags.replace("SCRIPTED", str(scripted_file))
     code = fvd_command(flags, **({"network": ""} if not flags or "--i3d" in flags else {}))
@@ -1902,20 +1918,38 @@ def test_check_says_whether_it_is_the_standard_metric(fvd_command, scripted_file
     assert fvd_command("--check") == 0 and "is the standard metric" in capsys.readouterr().out
 
 
-def test_with_i3d_itself(fvd_command, net, weights_file, monkeypatch):
+def test_with_the_weights_of_i3d(fvd_command, net, weights_file, monkeypatch):
+    """test_features_at_full_size has the whole of it; here only the last layer computes."""
+    def last_layer(self, x):
+        x = F.adaptive_avg_pool3d(x, (1, 32, 32)).flatten(1)
+        return self.logits["conv3d"](x[:, :1024, None, None, None]).flatten(1)
+
+    monkeypatch.setattr(fvd.I3D, "forward", last_layer)
     monkeypatch.setattr(fvd, "black_against_white", lambda net, frames: 152.9)
     result = fvd_command("--num-real 2 --num-fake 2 --seed 1", f"--i3d {weights_file}")
     order = np.sort(np.random.default_rng(1).permutation(12)[:2])
     features = (fvd.i3d_features(net, videos) for videos in (np.load("real.npy")[order, :9], np.load("fake.npy")[:2]))
-    assert result["fvd"] == pytest.approx(fvd.fvd(*features), rel=1e-5)
+    assert result["fvd"] == pytest.approx(fvd.fvd(*features), rel=1e-5) and result["fvd"] > 0
     assert result["floor"] is None and result["comparable_with_published_fvd"]
 
 
-def test_two_processes_give_the_fvd_of_one(fvd_command, scripted_file):
-    expected = fvd_command()
-    torchrun(2, HERE / "fvd.py", *f"--real real.npy --fake fake.npy --i3d-torchscript {scripted_file} --cache two "
-             "--device cpu --batch-size 4 --repeats 3 --out two.json".split())
-    assert json.loads(Path("two.json").read_text()) == expected
+def test_two_processes_give_the_fvd_of_one(fvd_command, monkeypatch):
+    expected, computed = fvd_command(), []
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    child = os.fork()  # as torchrun would start them, but without importing everything again
+    for name, value in dict(RANK=int(not child), LOCAL_RANK=int(not child), WORLD_SIZE=2, LOCAL_WORLD_SIZE=2,
+                            MASTER_ADDR="localhost", MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(fvd, "i3d_features", lambda net, videos, *settings, embed=fvd.i3d_features, **named:
+                        computed.append(len(videos)) or embed(net, videos, *settings, **named))
+    try:
+        result = fvd_command("--cache two", out="two.json")
+    finally:
+        if not child:
+            os._exit(0 if sum(computed) == 2 + 8 else 1)  # black and white, batches of 4 and 4
+    assert os.waitpid(child, 0)[1] == 0 and result == expected and sum(computed) == 2 + 13
 
 
 # ------------------------------------------------------------------------------------------------ bench
@@ -2000,20 +2034,27 @@ def test_the_readmes_drop_in_runs_as_printed():
         assert not seen.any()
 
 
-@pytest.mark.parametrize("files, packages, code", [
-    (["s4d.py"], [], "import s4d; assert s4d.TemporalSSM(4)(torch.randn(1, 4, 4, 4, 4)).shape == (1, 4, 4, 4, 4)"),
-    (["diffusion.py"], [], "from diffusion import *; D = Diffusion(2);"
-     "assert D.sample(lambda x, t: x, (1, 3, 2, 4, 4), sample_generators(0, [0])).shape == (1, 3, 2, 4, 4)"),
-    (["model.py", "s4d.py"], ["einops"], "from model import *; x = torch.randn(1, 3, 2, 8, 8);"
-     "assert UNet3D(UNetConfig(base_channels=8))(x, torch.tensor([1])).shape == x.shape"),
-    (["data.py"], ["numpy", "PIL", "av"], "import data; assert data.MazeVideos(3, 8).clip(0).shape == (3, 8, 8, 3)"),
-    (["fvd.py"], ["numpy", "scipy"], "import fvd, numpy as np;"
-     "assert abs(fvd.frechet_distance(np.zeros(2), np.eye(2), np.ones(2), np.eye(2)) - 2) < 1e-6"),
-])
-def test_files_work_alone_in_an_empty_folder(files, packages, code, tmp_path):
-    for file in files:
-        shutil.copy(HERE / file, tmp_path)
-    absent = {"numpy", "einops", "PIL", "scipy", "av", "tqdm", "tensorboard", "matplotlib"} - set(packages)
-    code = f"import sys, torch; sys.path.insert(0, '.'); sys.modules.update(dict.fromkeys({absent})); {code}"
-    finished = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
+ALONE = {  # files -> packages that they need beside torch, and what must work then
+    "s4d.py": ([], "import s4d; assert s4d.TemporalSSM(4)(torch.randn(1, 4, 4, 4, 4)).shape == (1, 4, 4, 4, 4)"),
+    "diffusion.py": ([], "from diffusion import *; x = torch.zeros(1, 3, 2, 4, 4);"
+                     "assert Diffusion(2).sample(lambda x, t: x, x.shape, sample_generators(0, [0])).shape == x.shape"),
+    "model.py s4d.py": (["einops"], "from model import *; x = torch.randn(1, 3, 2, 8, 8);"
+                        "assert UNet3D(UNetConfig(base_channels=8))(x, torch.tensor([1])).shape == x.shape"),
+    "data.py": (["numpy", "PIL", "av"], "import data; assert data.MazeVideos(3, 8).clip(0).shape == (3, 8, 8, 3)"),
+    "fvd.py": (["numpy", "scipy"], "import fvd, numpy as np;"
+               "assert abs(fvd.frechet_distance(np.zeros(2), np.eye(2), np.ones(2), np.eye(2)) - 2) < 1e-6")}
+
+
+def test_files_work_alone_in_an_empty_folder(tmp_path):
+    code = "import os, sys, torch\n"  # one process that imports torch, then one for each, forked
+    for number, (files, (packages, works)) in enumerate(ALONE.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for file in files.split():
+            shutil.copy(HERE / file, folder)
+        absent = {"numpy", "einops", "PIL", "scipy", "av", "tqdm", "tensorboard", "matplotlib"} - set(packages)
+        code += (f"if not os.fork(): os.chdir({str(folder)!r}); sys.path.insert(0, '.');"
+                 f"sys.modules.update(dict.fromkeys({absent})); {works}; print({files!r}); sys.exit()\n")
+    done = subprocess.run([sys.executable, "-I", "-c", code + "os.waitid(os.P_ALL, 0, os.WEXITED)\n" * len(ALONE)],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert sorted(done.stdout.splitlines()) == sorted(ALONE), done.stderr
