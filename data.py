@@ -175,22 +175,26 @@ def read_videos(path, size=None):
         path = pack_into_cache(path, size)
     array = open_array(path)
     pixels = array.reshape(-1, *array.shape[-3:])
-    index_path, sample_path = path.with_suffix(".json"), path.with_name(path.name + ".json")
-    try:
-        if index_path.is_file():
-            videos = json.loads(index_path.read_text(encoding="utf-8"))["videos"]
-        else:
-            count, length = array.shape[:2] if array.ndim == 5 else (1, len(array))
-            labels = json.loads(sample_path.read_text()).get("labels") if sample_path.is_file() else None
-            videos = [{"name": f"{path.name}[{i}]", "start": i * length, "length": length, "label": label,
-                       "split": "train"} for i, label in enumerate(labels or [None] * count)]
-        lengths = [video["length"] for video in videos]
-        right = [video["start"] for video in videos] + [len(pixels)] == [0, *itertools.accumulate(lengths)]
-    except (AttributeError, LookupError, TypeError, ValueError):
-        right = False
-    if not right:
+    index_path = path.with_suffix(".json")
+    if index_path.is_file():
+        videos = read_json(index_path).get("videos", [])
+    else:
+        count, length = array.shape[:2] if array.ndim == 5 else (1, len(array))
+        labels = read_json(path.with_name(path.name + ".json")).get("labels") or [None] * count
+        videos = [{"name": f"{path.name}[{i}]", "start": i * length, "length": length, "label": label, "split": "train"}
+                  for i, label in enumerate(labels)]
+    ends = itertools.accumulate(video["length"] for video in videos)
+    if [video["start"] for video in videos] + [len(pixels)] != [0, *ends]:
         raise DataError(f"the .json file beside {path} does not describe its {len(pixels)} frames; move it away")
     return pixels, videos
+
+
+def read_json(path):
+    """-> the dict in a file; empty if it holds anything else, or is not there."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, TypeError, ValueError):
+        return {}
 
 
 def open_array(path):
@@ -240,8 +244,7 @@ SPLIT_FOLDERS = {"train": "train", "training": "train",
 
 
 def pack_into_cache(source, size):
-    """Pack a folder of videos or a video file, unless that was done since it changed -> the packed file. Raises
-    DataError."""
+    """Pack a folder of videos or a video file unless that was done since it changed -> the .npy. Raises DataError."""
     videos = find_videos(source)
     if size is None:
         raise DataError(f"{source} is not a packed .npy file: give --size, the height and width to pack it at")
@@ -259,19 +262,17 @@ def cache_folder():
 def pack(source, out, size, workers=None, min_frames=1, stride=1, test_fraction=0):
     """Pack every video in the folder `source` (or the one file) into `out` and its index -> the index.
 
-    Shorter side resized to `size` with antialiasing, then cropped around the centre. Sub-folders included, symbolic
-    links followed, hidden files left out; sorted by name, whatever the number of `workers` (default: all cores).
-    A video's label is its folder's name; its split is UCF101's official one (trainlist01.txt, testlist01.txt in or
-    beside the source) or else that of a folder called train or test above it, or else "train", or by `hold_out`.
-    Every `stride`-th frame is kept. Videos that cannot be decoded, and those that `min_frames` are not left of, are
-    skipped and listed with the reason. Raises OSError and DataError, also when nothing is usable or a decoder crashes.
+    Every `stride`-th frame; shorter side resized to `size` with antialiasing, then cropped around the centre. Sorted by
+    name, whatever the number of `workers` (default: all cores). A video's label is its folder's name; its split is
+    UCF101's official one (trainlist01.txt, testlist01.txt in or beside the source) or else that of a folder called
+    train or test above it, or else by `hold_out`. Videos that cannot be decoded, or of which fewer than `min_frames`
+    frames are kept, are skipped and listed with the reason. Raises OSError and DataError, also if nothing is usable.
     """
-    source = Path(source)
-    found = find_videos(source)
+    found = find_videos(Path(source))
     if test_fraction:
         hold_out(found, test_fraction)
-    about = {"source": source.resolve().name, "files": fingerprint(found), "size": size, "stride": stride,
-             "min_frames": min_frames, "test_fraction": test_fraction}
+    about = {"size": size, "stride": stride, "min_frames": min_frames, "test_fraction": test_fraction,
+             "files": fingerprint(found)}
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     # In order, each worker two videos ahead at most. Arrays come through a pipe; tensors would come through shared
     # memory, of which containers have little.
@@ -310,9 +311,9 @@ def fingerprint(videos):
 def write_packed(out, about, count, videos):
     """Write `count` videos, ({"name", "label", "split"}, its frames or why it has none), to `out` -> the index.
 
-    about: their size and all else that shapes the file, for the index. A file made from the same stays as it is, any
-    other is never replaced. Array and index are written to a temporary folder, then renamed, the index first: an array
-    without one would pass for a single long video. SIGKILL leaves that folder behind, hidden, beside `out`.
+    about: what shapes the file, for the index. A file made from the same stays as it is, any other is refused. Array
+    and index are written to a temporary folder, then renamed, the index first: an array without one would pass for a
+    single long video. SIGKILL leaves that folder behind, hidden, beside `out`.
     """
     from tqdm import tqdm
 
@@ -321,12 +322,8 @@ def write_packed(out, about, count, videos):
     if out.suffix != ".npy":
         raise DataError(f"--out {out}: expected a name that ends in .npy")
     if out.exists() or index_path.exists():
-        try:
-            index = json.loads(index_path.read_text(encoding="utf-8"))
-            same = about.items() <= index.items()
-        except (AttributeError, OSError, ValueError):
-            same = False
-        if not same:
+        index = read_json(index_path)
+        if not about.items() <= index.items():
             raise DataError(f"--out {out}: it or {index_path.name} is there, made from other videos or with other "
                             "settings; move both away, or give another name")
         if out.exists():
