@@ -95,10 +95,8 @@ def i3d_features(net, videos_uint8, resize="tf1", value_range="-11", batch_size=
     resize, value_range: see `to_input`. Raises FVDError for anything but uint8 videos of 9 frames or more.
     """
     videos = videos_uint8.cpu().numpy() if torch.is_tensor(videos_uint8) else np.asanyarray(videos_uint8)
-    if (videos.dtype != np.uint8 or videos.ndim != 5 or videos.shape[1] < MIN_FRAMES or videos.shape[-1] != 3
-            or 0 in videos.shape):
-        raise FVDError(f"i3d_features got {videos.dtype} {videos.shape}; expected uint8 (n, frames >= {MIN_FRAMES}, h, "
-                       "w, 3)")
+    if videos.dtype != np.uint8 or videos.shape[4:] != (3,) or videos.shape[1] < MIN_FRAMES or 0 in videos.shape:
+        raise FVDError(f"i3d_features got {videos.dtype} {videos.shape}; expected uint8 (n, frames >= 9, h, w, 3)")
     device = next(iter(net.state_dict().values()), torch.empty(0)).device
     features = []
     # TF32 and autocast would cost the third digit.
