@@ -2,6 +2,7 @@
 
     python data.py UCF-101 --size 32 --out ucf.npy                        # a folder of videos, nested or not
     python data.py navigate --size 32 --min-frames 500 --out minerl.npy   # holding train/*.mp4 and test/*.mp4
+    python data.py holiday --size 32 --stride 4 --test-fraction 0.1 --out holiday.npy
     python data.py maze --size 32 --frames 500 --num 100 --out maze.npy   # the embedded walks, as a file
 
     videos = open_videos("ucf.npy", frames=16, size=32)    # or a folder of videos, or None for endless mazes
@@ -19,8 +20,8 @@ Glossary
     label    what a video shows, in words: the name of its class folder, a maze's main colour; None if it has none
     split    "train" or "test"; "all" is both
     packed   name.npy: the frames of all videos, one after another, uint8 (total, size, size, 3);
-             name.json: {"size", "videos": [{"name", "start", "length", "label", "split"}, ...],
-                         "skipped": [{"name", "reason"}, ...]}, where start and length count frames
+             name.json: {"size", "stride", ..., "videos": [{"name", "start", "length", "label", "split"}, ...],
+                         "skipped": [{"name", "reason"}, ...]}, where start and length count the frames in name.npy
 
 Needs torch, numpy and Pillow; PyAV (14.2 or later) to decode video files, tqdm to pack.
 """
@@ -41,7 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, ImageSequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 
 class DataError(ValueError):
@@ -82,7 +83,8 @@ class PackedVideos:
     """Clips of packed videos, memory-mapped; every window of every video of the split is equally likely.
 
     path: what `read_videos` takes. Attributes: splits, those that the file has; videos, the index entries of the
-    split's long enough videos; num_too_short; num_windows. Raises DataError if there are none, or of another size.
+    split's long enough videos; num_too_short; num_windows, which is also len(): that many different clips there are.
+    Raises DataError if there are none, or of another size.
     """
 
     def __init__(self, path, frames, size, split="train"):
@@ -103,6 +105,9 @@ class PackedVideos:
         self.num_windows = int(windows.sum())
         self.first_windows = np.cumsum(windows) - windows  # of each video, counted over all of them
 
+    def __len__(self):
+        return self.num_windows
+
     def clip_and_label(self, *key):
         """key: non-negative integers -> uint8 (frames, size, size, 3), and the label of the video it is cut from."""
         window = random_generator(*key).integers(self.num_windows)
@@ -112,9 +117,6 @@ class PackedVideos:
 
     def clip(self, *key):
         return self.clip_and_label(*key)[0]
-
-    def label(self, *key):
-        return self.clip_and_label(*key)[1]
 
     def __reduce__(self):  # a memory map is pickled as a copy of its data: worker processes open the file instead
         return PackedVideos, (self.pixels.filename, self.frames, self.size, self.split)
@@ -133,19 +135,16 @@ def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=Fa
     labels it is (that tensor, the list of the b labels, each a str or None). Of a global batch each process names its
     own sample indices. `workers` processes of one thread each prefetch, and end with this one; 0 reads in this one.
     """
-    loader = DataLoader(Batches(videos, sample_indices, seed), batch_size=None, sampler=itertools.count(first_step),
-                        num_workers=workers, pin_memory=pin_memory, worker_init_fn=leave_signals_to_main,
+    loader = DataLoader(range(first_step, 2**62), batch_size=None, num_workers=workers, pin_memory=pin_memory,
+                        collate_fn=functools.partial(batch_of_step, videos, sample_indices, seed),
+                        worker_init_fn=leave_signals_to_main,
                         generator=torch.Generator())  # else it would draw a number from the global generator
     return iter(loader) if with_labels else (clips for clips, _ in loader)
 
 
-class Batches(Dataset):
-    def __init__(self, videos, sample_indices, seed):
-        self.videos, self.sample_indices, self.seed = videos, sample_indices, seed
-
-    def __getitem__(self, step):
-        clips, labels = zip(*[self.videos.clip_and_label(self.seed, step, i) for i in self.sample_indices])
-        return torch.from_numpy(np.stack(clips)), list(labels)
+def batch_of_step(videos, sample_indices, seed, step):
+    clips, labels = zip(*[videos.clip_and_label(seed, step, i) for i in sample_indices])
+    return torch.from_numpy(np.stack(clips)), list(labels)
 
 
 def leave_signals_to_main(_worker):
@@ -176,21 +175,26 @@ def read_videos(path, size=None):
         path = pack_into_cache(path, size)
     array = open_array(path)
     pixels = array.reshape(-1, *array.shape[-3:])
-    index_path, sample_path = path.with_suffix(".json"), path.with_name(path.name + ".json")
+    index_path = path.with_suffix(".json")
     if index_path.is_file():
-        videos = read_index(index_path)
+        videos = read_json(index_path).get("videos", [])
     else:
         count, length = array.shape[:2] if array.ndim == 5 else (1, len(array))
-        try:
-            labels = json.loads(sample_path.read_text()).get("labels") if sample_path.is_file() else None
-        except ValueError:
-            raise DataError(f"{sample_path} is damaged; move it away to read the videos without labels") from None
+        labels = read_json(path.with_name(path.name + ".json")).get("labels") or [None] * count
         videos = [{"name": f"{path.name}[{i}]", "start": i * length, "length": length, "label": label, "split": "train"}
-                  for i, label in enumerate(labels or [None] * count)]
+                  for i, label in enumerate(labels)]
     ends = itertools.accumulate(video["length"] for video in videos)
     if [video["start"] for video in videos] + [len(pixels)] != [0, *ends]:
-        raise DataError(f"the .json file beside {path} does not describe its {len(pixels)} frames; move both away")
+        raise DataError(f"the .json file beside {path} does not describe its {len(pixels)} frames; move it away")
     return pixels, videos
+
+
+def read_json(path):
+    """-> the dict in a file; empty if it holds anything else, or is not there."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, TypeError, ValueError):
+        return {}
 
 
 def open_array(path):
@@ -208,15 +212,6 @@ def open_array(path):
         raise DataError(f"{path} holds {array.dtype} {array.shape}; expected uint8 (frames, height, width, 3), or the "
                         f"same with the number of videos in front, in C order")
     return array
-
-
-def read_index(path):
-    """The "videos" in the index of a packed file. Raises DataError if the file is anything else."""
-    try:
-        return [{key: video[key] for key in ("name", "start", "length", "label", "split")}
-                for video in json.loads(path.read_text(encoding="utf-8"))["videos"]]
-    except (ValueError, LookupError, TypeError):
-        raise DataError(f"{path} is not an index of packed videos, but its name says so: move it elsewhere") from None
 
 
 def class_names(path):
@@ -249,43 +244,43 @@ SPLIT_FOLDERS = {"train": "train", "training": "train",
 
 
 def pack_into_cache(source, size):
-    """Pack a folder of videos or a video file, unless that was done since it changed -> the packed file.
-
-    The cache is $XDG_CACHE_HOME/ssm-video-diffusion (~/.cache/... by default). Raises DataError.
-    """
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else (str(file), None, None)
-              for video in find_videos(source) for file in files_of(video["path"])]
+    """Pack a folder of videos or a video file unless that was done since it changed -> the .npy. Raises DataError."""
+    videos = find_videos(source)
     if size is None:
         raise DataError(f"{source} is not a packed .npy file: give --size, the height and width to pack it at")
-    digest = hashlib.sha256(json.dumps([str(source.resolve()), size, *stamps]).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssm-video-diffusion"
-    name = source.resolve().name.encode(errors="ignore")[:100].decode(errors="ignore")  # file systems count bytes
-    packed = cache / f"{name}-{size}-{digest}.npy"
+    packed = cache_folder() / f"{source.resolve().name[:50]}-{size}-{fingerprint(videos)}.npy"
     if not packed.exists():
         print(f"packing {source} at {size}x{size}, once, into {packed}")
         pack(source, packed, size)
     return packed
 
 
-def pack(source, out, size, workers=None, min_frames=1):
+def cache_folder():
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssm-video-diffusion"
+
+
+def pack(source, out, size, workers=None, min_frames=1, stride=1, test_fraction=0):
     """Pack every video in the folder `source` (or the one file) into `out` and its index -> the index.
 
-    Shorter side resized to `size` with antialiasing, then cropped around the centre. Sub-folders included, symbolic
-    links followed, hidden files left out; sorted by name, whatever the number of `workers` (default: all cores).
-    A video's label is its folder's name; its split is UCF101's official one (trainlist01.txt, testlist01.txt in or
-    beside the source) or else that of a folder called train or test above it, or else "train". Videos that cannot be
-    decoded, and those shorter than `min_frames`, are skipped and listed with the reason. Raises OSError and DataError,
-    also when nothing is usable or a decoder crashes.
+    Every `stride`-th frame; shorter side resized to `size` with antialiasing, then cropped around the centre. Sorted by
+    name, whatever the number of `workers` (default: all cores). A video's label is its folder's name; its split is
+    UCF101's official one (trainlist01.txt, testlist01.txt in or beside the source) or else that of a folder called
+    train or test above it, or else by `hold_out`. Videos that cannot be decoded, or of which fewer than `min_frames`
+    frames are kept, are skipped and listed with the reason. Raises OSError and DataError, also if nothing is usable.
     """
     found = find_videos(Path(source))
+    if test_fraction:
+        hold_out(found, test_fraction)
+    about = {"size": size, "stride": stride, "min_frames": min_frames, "test_fraction": test_fraction,
+             "files": fingerprint(found)}
     workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     # In order, each worker two videos ahead at most. Arrays come through a pipe; tensors would come through shared
     # memory, of which containers have little.
+    decode_one = functools.partial(decode_or_reason, size=size, min_frames=min_frames, stride=stride)
     decoded = DataLoader([video["path"] for video in found], batch_size=None, num_workers=min(workers, len(found)),
-                         collate_fn=functools.partial(decode_or_reason, size=size, min_frames=min_frames),
-                         worker_init_fn=end_when_interrupted, generator=torch.Generator())
+                         collate_fn=decode_one, worker_init_fn=end_when_interrupted, generator=torch.Generator())
     try:
-        return write_packed(out, size, len(found), zip(found, decoded))
+        return write_packed(out, about, len(found), zip(found, decoded))
     except RuntimeError as error:  # a worker has died
         raise DataError(f"the decoder crashed soon after the last video counted: {error}") from None
 
@@ -295,20 +290,45 @@ def end_when_interrupted(worker):
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # at once, though a long video is being decoded
 
 
-def write_packed(out, size, count, videos):
+def hold_out(videos, fraction):
+    """Make about this fraction of the videos, one at least, the test split: those whose names have the lowest hashes,
+    so that videos that are added later move hardly any. Raises DataError if there are test videos already."""
+    if any(video["split"] == "test" for video in videos):
+        raise DataError("--test-fraction: these videos have a train and a test split of their own; leave it out")
+    hashes = [int(hashlib.sha256(os.fsencode(video["name"])).hexdigest()[:8], 16) / 2**32 for video in videos]
+    for video, value in zip(videos, hashes):
+        video["split"] = "test" if value <= max(fraction, min(hashes)) else "train"
+
+
+def fingerprint(videos):
+    """A hash of what `find_videos` found: names, labels, splits, and the files' sizes and times of change."""
+    stamps = [[video["name"], video["label"], video["split"],
+               *[(file.name, file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else None
+                 for file in files_of(video["path"])]] for video in videos]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
+
+
+def write_packed(out, about, count, videos):
     """Write `count` videos, ({"name", "label", "split"}, its frames or why it has none), to `out` -> the index.
 
-    `out` never replaces a file. It and its index are written to a temporary folder, then renamed, the index first: an
-    array without one would pass for a single long video. SIGKILL leaves that folder behind, hidden, beside `out`.
+    about: what shapes the file, for the index. A file made from the same stays as it is, any other is refused. Array
+    and index are written to a temporary folder, then renamed, the index first: an array without one would pass for a
+    single long video. SIGKILL leaves that folder behind, hidden, beside `out`.
     """
     from tqdm import tqdm
 
-    out, entries, skipped, total = Path(out), [], [], 0
+    out, size, entries, skipped, total = Path(out), about["size"], [], [], 0
     index_path = out.with_suffix(".json")
-    if out.suffix != ".npy" or out.exists():
-        raise DataError(f"--out {out}: expected a name that ends in .npy, of a file that does not exist yet")
-    if index_path.exists():
-        read_index(index_path)  # one that lost its array may be replaced, nothing else
+    if out.suffix != ".npy":
+        raise DataError(f"--out {out}: expected a name that ends in .npy")
+    if out.exists() or index_path.exists():
+        index = read_json(index_path)
+        if not about.items() <= index.items():
+            raise DataError(f"--out {out}: it or {index_path.name} is there, made from other videos or with other "
+                            "settings; move both away, or give another name")
+        if out.exists():
+            print(f"{out} is there already, made by this same command; delete it to make it again")
+            return index
     out.parent.mkdir(parents=True, exist_ok=True)
     # A folder with a name of its own: two runs may pack the same videos at once.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, \
@@ -330,13 +350,13 @@ def write_packed(out, size, count, videos):
         np.lib.format.write_array_header_1_0(file, header | {"shape": (total, size, size, 3)})
         file.flush()
         os.fsync(file.fileno())
-        index = {"size": size, "videos": entries, "skipped": skipped}
+        index = about | {"videos": entries, "skipped": skipped}
         Path(folder, index_path.name).write_text(json.dumps(index, indent=1), encoding="utf-8")
         for path in (index_path, out):
             os.replace(Path(folder, path.name), path)
-    tests = sum(video["split"] == "test" for video in entries)
-    print(f"packed {len(entries)} videos ({len(entries) - tests} train, {tests} test), {total} frames of {size}x{size} "
-          f"into {out} ({total * size**2 * 3 / 1e6:.1f} MB); {len(skipped)} skipped")
+    tests, classes = sum(video["split"] == "test" for video in entries), {video["label"] for video in entries} - {None}
+    print(f"packed {len(entries)} videos ({len(entries) - tests} train, {tests} test), {len(classes)} classes, {total} "
+          f"frames of {size}x{size} into {out} ({total * size**2 * 3 / 1e6:.1f} MB); {len(skipped)} skipped")
     return index
 
 
@@ -377,29 +397,30 @@ def files_of(video):
     """The file of a video; of a folder of frames the pictures in the order of their numbers: 2.png before 10.png."""
     if not video.is_dir():
         return [video]
-    pictures = [path for path in video.iterdir() if path.suffix.lower() in FRAME_FILES and path.name[0] != "."]
-    return sorted(pictures, key=lambda path: ([(text, int(number or 0)) for text, number in
-                                               re.findall("([^0-9]*)([0-9]*)", path.name)], path.name))
+    pictures = sorted(path for path in video.iterdir() if path.suffix.lower() in FRAME_FILES and path.name[0] != ".")
+    return sorted(pictures, key=lambda path: [int(part) if part.isdecimal() else part
+                                              for part in re.split(r"(\d+)", path.name)])
 
 
 # ---------------------------------------------------------------------------------------- decoding
 
 
-def decode_or_reason(path, size, min_frames=1):
+def decode_or_reason(path, size, min_frames=1, stride=1):
     """-> uint8 (frames, size, size, 3), or a str, why the video cannot be used."""
     try:
-        video = decode(path, size)
+        video = decode(path, size, stride)
     except Exception as error:  # whatever a bad file does to a decoder, it is one bad file
         return " ".join(str(error).split())[:200] or type(error).__name__
     return video if len(video) >= min_frames else f"has {len(video)} frames, fewer than {min_frames}"
 
 
-def decode(path, size):
+def decode(path, size, stride=1):
     """A video file or folder of frames -> uint8 (frames, size, size, 3). Raises all sorts of errors for a bad file."""
     # `fit` takes the largest square around the centre; bicubic in Pillow widens its filter as it shrinks: no aliasing.
     # Frames are resized as they are decoded: a long HD video is never in memory at its full size.
+    images = read_images(Path(path).absolute(), size)  # FFmpeg takes the "a" of "a:b.mp4" for a protocol
     small = [ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-             for image in read_images(Path(path).absolute(), size)]  # FFmpeg takes the "a" of "a:b.mp4" for a protocol
+             for image in itertools.islice(images, 0, None, stride)]
     if not small:
         raise DataError("has no frames")
     return np.stack(small)
@@ -501,9 +522,6 @@ class MazeVideos:
     def clip(self, *key):
         return self.clip_and_label(*key)[0]
 
-    def label(self, *key):
-        return self.clip_and_label(*key)[1]
-
 
 def wall_at(cell, direction):
     """Where in `walls` the wall stands that closes the cell (i, j) in a direction."""
@@ -513,20 +531,17 @@ def wall_at(cell, direction):
 
 def random_walls(rng):
     """A maze in which every cell can be reached: bool (2, CELLS + 1, CELLS)."""
-    walls = np.ones((2, CELLS + 1, CELLS), bool)
-    trail = [(0, 0)]
-    visited = {(0, 0)}
-    while trail:  # depth-first: long corridors, few short dead ends
-        i, j = trail[-1]
-        ahead = [(direction, (i + dx, j + dy)) for direction, (dx, dy) in enumerate(STEPS)
-                 if 0 <= i + dx < CELLS and 0 <= j + dy < CELLS and (i + dx, j + dy) not in visited]
-        if ahead:
+    walls, visited = np.ones((2, CELLS + 1, CELLS), bool), set()
+
+    def visit(i, j):  # depth-first: long corridors, few short dead ends
+        visited.add((i, j))
+        while ahead := [(direction, (i + dx, j + dy)) for direction, (dx, dy) in enumerate(STEPS)
+                        if 0 <= i + dx < CELLS and 0 <= j + dy < CELLS and (i + dx, j + dy) not in visited]:
             direction, cell = ahead[rng.integers(len(ahead))]
             walls[wall_at((i, j), direction)] = False
-            visited.add(cell)
-            trail.append(cell)
-        else:
-            trail.pop()
+            visit(*cell)
+
+    visit(0, 0)
     for i, j, direction in rng.integers((CELLS - 1, CELLS - 1, 2), size=(SHORTCUTS, 3)):
         walls[wall_at((i, j), direction)] = False
     return walls
@@ -545,22 +560,19 @@ def moves():
     return straight, left, back, left.conj()
 
 
-MOVES = moves()
-
-
 def random_path(rng, walls, frames):
     """A walk that never stands still, turns at random and goes back only at dead ends: complex (2, frames), place in
     cells and heading."""
     i, j = (int(n) for n in rng.integers(CELLS, size=2))
     direction = next(d for d in range(4) if not walls[wall_at((i, j), (d + 2) % 4)])  # there must be a way in
     start = int(rng.integers(FRAMES_PER_CELL))
-    pieces, total = [], -start
+    pieces, total, ways = [], -start, moves()
     while total < frames:
         open_turns = [turn for turn in (0, 1, 3) if not walls[wall_at((i, j), (direction + turn) % 4)]]
         turn = open_turns[rng.integers(len(open_turns))] if open_turns else 2
         # Turned by a multiple of 90 degrees with integers, so that coming back gives the same numbers to the last bit.
-        pieces.append(MOVES[turn] * complex(*STEPS[direction]) + [[i + 0.5 + (j + 0.5) * 1j], [0]])
-        total += MOVES[turn].shape[1]
+        pieces.append(ways[turn] * complex(*STEPS[direction]) + [[i + 0.5 + (j + 0.5) * 1j], [0]])
+        total += ways[turn].shape[1]
         direction = (direction + turn) % 4
         i, j = i + STEPS[direction][0], j + STEPS[direction][1]
     return np.hstack(pieces)[:, start:start + frames]
@@ -612,25 +624,32 @@ def cast(eye, ray, walls):
 
 
 def main():
-    from command import Parser, non_negative_int, positive_int
+    from command import Parser, non_negative_int, positive_int, zero_to_one
 
-    parser = Parser(description="Packs videos into one .npy file that train.py reads.")
-    parser.add_argument("source", help="a folder of videos, one video, or the word maze for the embedded walks")
-    parser.add_argument("--size", type=positive_int, required=True, help="height and width of packed frames, in pixels")
-    parser.add_argument("--out", required=True, help="the .npy file to write; its index goes beside it as .json")
-    parser.add_argument("--workers", type=positive_int, help="processes that decode (default: one per core)")
-    parser.add_argument("--min-frames", type=positive_int, default=1, help="skip videos shorter than this (default: 1)")
-    maze = parser.add_argument_group("maze only")
-    maze.add_argument("--frames", type=positive_int, default=500, help="frames per walk (default: 500)")
-    maze.add_argument("--num", type=positive_int, default=100, help="number of walks (default: 100)")
-    maze.add_argument("--seed", type=non_negative_int, default=0, help="another seed, other walks (default: 0)")
+    parser = Parser(description="Packs videos into one .npy file that train.py reads.", epilog="Without it, train.py "
+                    f"--data FOLDER packs the folder itself, all frames of all videos, into {cache_folder()}.")
+    add = parser.add_argument
+    add("source", help="a folder of videos, one video, or the word maze for the embedded walks")
+    add("--size", type=positive_int, required=True, help="height and width of packed frames, in pixels")
+    add("--out", required=True, help="the .npy file to write; its index goes beside it as .json")
+    add = parser.add_argument_group("videos only").add_argument
+    add("--workers", type=positive_int, help="processes that decode (default: one per core)")
+    add("--stride", type=positive_int, default=1, help="keep every n-th frame only (default: 1)")
+    add("--min-frames", type=positive_int, default=1, help="skip videos with fewer frames to keep (default: 1)")
+    add("--test-fraction", type=zero_to_one, default=0, help="share of the videos, chosen by a hash of their names, to "
+        "hold out as the test split where there are no test folders or lists (default: 0)")
+    add = parser.add_argument_group("maze only").add_argument
+    add("--frames", type=positive_int, default=500, help="frames per walk (default: 500)")
+    add("--num", type=positive_int, default=100, help="number of walks (default: 100)")
+    add("--seed", type=non_negative_int, default=0, help="another seed, other walks (default: 0)")
     args = parser.parse_args()
     if args.source != "maze":
-        pack(args.source, args.out, args.size, args.workers, args.min_frames)
+        pack(args.source, args.out, args.size, args.workers, args.min_frames, args.stride, args.test_fraction)
         return
     mazes = MazeVideos(args.frames, args.size)
     walks = (mazes.clip_and_label(args.seed, i) for i in range(args.num))
-    write_packed(args.out, args.size, args.num, (
+    about = {name: getattr(args, name) for name in ("source", "size", "frames", "num", "seed")}
+    write_packed(args.out, about, args.num, (
         ({"name": f"walk{i:05d}", "label": label, "split": "train"}, clip) for i, (clip, label) in enumerate(walks)))
 
 

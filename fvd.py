@@ -34,7 +34,7 @@ from torch import nn
 
 I3D_URL = "https://github.com/songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt"
 BLACK_AGAINST_WHITE = {16: 152.92, 24: 66.06}   # published FVD between all-black and all-white videos, by frames
-SIZE, CLASSES, MIN_FRAMES = 224, 400, 9         # what the network takes and gives
+SIZE, CLASSES, MIN_FRAMES = 224, 400, 9         # what I3D takes and gives; it halves time thrice and averages two steps
 PROTOCOLS = {                                   # what --protocol stands for; None: all
     None: dict(split="all", window="first", num_real=None, num_fake=None),
     "2048": dict(split="all", window="random", num_real=2048, num_fake=2048),
@@ -50,10 +50,14 @@ class FVDError(ValueError):
 def fvd(real_features, fake_features):
     """FVD between two sets of features from `i3d_features`, (n, 400) and (m, 400) with n, m >= 2 -> float.
 
-    Raises FVDError for fewer, other shapes, NaN and infinity.
+    Warns if either has no more samples than features. Raises FVDError for fewer than 2, other shapes, NaN and infinity.
     """
     real, fake = (np.asarray(features, np.float64) for features in (real_features, fake_features))
-    return frechet_distance(real.mean(0), np.cov(real, rowvar=False), fake.mean(0), np.cov(fake, rowvar=False))
+    distance = frechet_distance(real.mean(0), np.cov(real, rowvar=False), fake.mean(0), np.cov(fake, rowvar=False))
+    if min(len(real), len(fake)) <= real.shape[1]:
+        warnings.warn(f"FVD of {len(real)} and {len(fake)} samples is biased upwards: a covariance of {real.shape[1]} "
+                      "features is singular unless there are more samples than features", stacklevel=2)
+    return distance
 
 
 def frechet_distance(mu1, cov1, mu2, cov2):
@@ -91,9 +95,8 @@ def i3d_features(net, videos_uint8, resize="tf1", value_range="-11", batch_size=
     resize, value_range: see `to_input`. Raises FVDError for anything but uint8 videos of 9 frames or more.
     """
     videos = videos_uint8.cpu().numpy() if torch.is_tensor(videos_uint8) else np.asanyarray(videos_uint8)
-    if videos.dtype != np.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or 0 in videos.shape:
-        raise FVDError(f"i3d_features got {videos.dtype} {videos.shape}; expected uint8 (n, frames, h, w, 3)")
-    check_frames(videos.shape[1])
+    if videos.dtype != np.uint8 or videos.shape[4:] != (3,) or videos.shape[1] < MIN_FRAMES or 0 in videos.shape:
+        raise FVDError(f"i3d_features got {videos.dtype} {videos.shape}; expected uint8 (n, frames >= 9, h, w, 3)")
     device = next(iter(net.state_dict().values()), torch.empty(0)).device
     features = []
     # TF32 and autocast would cost the third digit.
@@ -105,12 +108,6 @@ def i3d_features(net, videos_uint8, resize="tf1", value_range="-11", batch_size=
     if features.shape[1:] != (CLASSES,) or not features.isfinite().all():
         raise FVDError(f"the network gives features that are no {CLASSES} finite numbers; expected other weights")
     return features
-
-
-def check_frames(frames):
-    """Raises FVDError if clips are too short: I3D halves time three times and then averages two steps."""
-    if frames < MIN_FRAMES:
-        raise FVDError(f"clips of {frames} frames are too short for I3D; expected {MIN_FRAMES} frames or more")
 
 
 def to_input(videos, resize="tf1", value_range="-11"):
@@ -237,6 +234,8 @@ def load_i3d(path, device="cpu", torchscript=False):
             if not torchscript:
                 # A dict without BatchNorm's version: then its counters, which nothing uses, may be missing.
                 net.load_state_dict(dict(torch.load(path, map_location="cpu", weights_only=True)))
+            elif "return_features" not in str(net[0].forward.schema):
+                raise FVDError("another program")
     except Exception as error:  # torch raises all sorts for missing, damaged and foreign files
         raise FVDError(f"{path}: {str(error).split('. ')[0][:200]}; expected I3D weights: i3d_pretrained_400.pt, which "
                        "--i3d download fetches, or StyleGAN-V's file with --i3d-torchscript") from None
@@ -301,7 +300,7 @@ def features_of(net, pixels, clips, about, settings, cache):
     key = json.dumps({"clips": about, **settings}, sort_keys=True)
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy"
     n, size = len(clips), settings["batch_size"]
-    if rank == 0 and not path.exists():
+    if rank == 0 and not (path.exists() and path.stat().st_size == 128 + 4 * n * CLASSES):  # else it has been cut off
         with command.whole_file(path) as file:
             np.save(file, np.full((n, CLASSES), np.nan, np.float32))
     command.agree(key, "the processes read different files; expected files that no longer change")
@@ -375,6 +374,14 @@ def notes_about(args, protocol, real, fake, black_white):
     return notes, comparable
 
 
+def read_json(path):
+    """-> the dict in a file, empty if there is none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, TypeError, ValueError):
+        return {}
+
+
 def parse_args():
     from command import Parser, non_negative_int, positive_int
     parser = Parser(prog="fvd.py", description="Fréchet Video Distance between real and generated videos.")
@@ -388,22 +395,22 @@ def parse_args():
     add = parser.add_argument_group("which clips").add_argument
     add("--protocol", choices=("paper", "2048"), help="paper: 10,000 generated against all real videos of UCF101 "
         "(16 frames), or 1,000 against those of MineRL (any other); 2048: as many of each")
-    add("--frames", type=positive_int, help="frames per clip; none: those of the generated videos")
+    add("--frames", type=positive_int, help="frames per clip (those of the generated videos)")
     add("--stride", type=positive_int, default=1, help="take every n-th frame of the real videos (1)")
     add("--window", choices=("first", "random"), help="where clips are cut from real videos (first)")
     add("--split", choices=("train", "test", "all"), help="real videos of a packed file (all)")
-    add("--num-real", type=positive_int, help="real videos, chosen by seed; none: all")
-    add("--num-fake", type=positive_int, help="generated videos, the first ones; none: all")
+    add("--num-real", type=positive_int, help="real videos, chosen by seed (all)")
+    add("--num-fake", type=positive_int, help="generated videos, the first ones (all)")
     add("--seed", type=non_negative_int, default=0, help="of windows, choices, halves and resamples (0)")
     add("--size", type=positive_int, help="height and width at which a folder of videos is read")
     add = parser.add_argument_group("how").add_argument
     add("--resize", choices=("tf1", "half-pixel"), default="tf1", help="as the metric was defined, or PyTorch ports do")
     add("--range", choices=("-11", "01"), default="-11", help="what 0..255 is scaled to; 01: the authors' on UCF101")
     add("--repeats", type=positive_int, default=10, help="resamples and halvings (10)")
-    add("--batch-size", type=positive_int, help="clips at once; none: 128 frames' worth")
-    add("--device", help="cpu, cuda, cuda:1; none: cuda if there is one")
-    add("--cache", type=Path, help="folder for features and weights; none: ~/.cache/fvd")
-    add("--out", type=Path, help="result file; none: .fvd.json beside the generated videos")
+    add("--batch-size", type=positive_int, help="clips at once (as many as have 128 frames)")
+    add("--device", help="cpu, cuda, cuda:1 (cuda if there is one)")
+    add("--cache", type=Path, help="folder for features and weights (~/.cache/fvd)")
+    add("--out", type=Path, help="result file (.fvd.json beside the generated videos)")
     args = parser.parse_args()
     if not args.check and not (args.real and args.fake):
         parser.error("expected --real and --fake, or --check")
@@ -436,7 +443,8 @@ def main():
     if not args.frames and len(lengths) > 1:
         raise FVDError(f"--fake {args.fake} holds videos of {lengths[0]} to {lengths[-1]} frames; give --frames")
     frames = args.frames or lengths[0]
-    check_frames(frames)
+    if frames < MIN_FRAMES:
+        raise FVDError(f"clips of {frames} frames are too short for I3D; expected {MIN_FRAMES} frames or more")
     protocol = args.protocol
     if protocol == "paper":
         protocol = "paper, UCF101" if frames == 16 else "paper, MineRL"
@@ -446,16 +454,13 @@ def main():
     real_clips, real = cut(real_pixels, real_videos, "real", frames, args.stride, args.window, args.split,
                            args.num_real, args.seed)
     fake_clips, fake = cut(fake_pixels, fake_videos, "fake", frames, num=args.num_fake)
-    # sample.py writes there what the videos were drawn from: checkpoint, step, weights, sampler
-    origin = Path(f"{args.fake.resolve()}.json")
-    sampled_from = json.loads(origin.read_text(encoding="utf-8")) if origin.exists() else None
     settings = {"i3d_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(), "device": device.type,
                 "resize": args.resize, "range": args.range, "batch_size": args.batch_size or max(1, 128 // frames)}
     request = {"protocol": protocol, "split": args.split, "window": args.window, "seed": args.seed,
                "repeats": args.repeats, "real": real, "fake": fake, "i3d_file": weights.name, **settings,
-               "sampled_from": sampled_from}
+               "sampled_from": read_json(Path(f"{args.fake.resolve()}.json")) or None}  # written by sample.py
     out = args.out or args.fake.resolve().with_suffix(".fvd.json")
-    if out.exists() and json.loads(out.read_text()).get("request") != request:
+    if out.exists() and read_json(out).get("request") != request:
         raise FVDError(f"{out} holds a result of other files or flags; move it away, or give another --out")
     out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -467,9 +472,10 @@ def main():
     real_features = features_of(net, real_pixels, real_clips, real, settings, cache)
     fake_features = features_of(net, fake_pixels, fake_clips, fake, settings, cache)
     if rank:
-        return 0
+        return
 
     # ---- distances
+    warnings.simplefilter("ignore", UserWarning)  # the notes say what fvd() would warn of
     result = {**distances(real_features, fake_features, args.repeats, args.seed),
               "comparable_with_published_fvd": comparable, "black_against_white_16_frames": black_white,
               "notes": notes, "request": request}
@@ -480,7 +486,6 @@ def main():
         if result[name]:
             print(f"  {name}: {result[name]['mean']:.3f} ± {result[name]['std']:.3f} over {args.repeats} {what}")
     print(f"wrote {out}, peak memory {command.peak_memory(device) / 1e6:.0f} MB")
-    return 0
 
 
 if __name__ == "__main__":

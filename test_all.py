@@ -10,12 +10,15 @@ import math
 import os
 import pickle
 import re
+import runpy
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 # Processes with several threads each stall one another on a machine with few cores; those that tests start inherit it.
@@ -1335,11 +1338,12 @@ def test_maze_walks_are_a_function_of_their_key():
     assert walk.shape == (40, 16, 16, 3) and walk.dtype == np.uint8
     digest = "846c1ec5378d7026fa69af54cd1208c36bb67875801417ad65bf08d440873bfc"
     assert hashlib.sha256(walk.tobytes()).hexdigest() == digest, "other mazes would be other training curves"
-    assert np.array_equal(walk, MazeVideos(40, 16).clip(3, 5)) and label == MazeVideos(40, 16).label(3, 5)
+    assert np.array_equal(walk, MazeVideos(40, 16).clip(3, 5)) and label in data.COLOUR_NAMES
     assert np.array_equal(walk[:7], MazeVideos(7, 16).clip(3, 5)), "a shorter walk is the beginning of a longer one"
     for split, key in (("test", (3, 5)), ("train", (5, 3)), ("train", (3,)), ("train", (3, 5, 0))):
         assert not np.array_equal(walk, MazeVideos(40, 16, split).clip(*key))
-    assert {MazeVideos(1, 8).label(0, i) for i in range(100)} == set(data.class_names(None)) == set(data.COLOUR_NAMES)
+    labels = {MazeVideos(1, 8).clip_and_label(0, i)[1] for i in range(100)}
+    assert labels == set(data.class_names(None)) == set(data.COLOUR_NAMES)
 
 
 def test_long_walks_come_back_to_the_same_pictures_and_never_pass_through_walls():
@@ -1360,7 +1364,7 @@ def test_long_walks_come_back_to_the_same_pictures_and_never_pass_through_walls(
 
 def test_every_window_is_equally_likely_and_none_crosses_a_boundary(three_videos):
     videos = data.PackedVideos(three_videos, frames=4, size=8)
-    assert videos.num_windows == 7 + 2 and videos.num_too_short == 1
+    assert len(videos) == videos.num_windows == 7 + 2 and videos.num_too_short == 1
     counts = {}
     for i in range(1800):
         clip = videos.clip(0, i)
@@ -1381,7 +1385,7 @@ def test_batches_do_not_depend_on_world_size_first_step_or_workers(maze, three_v
         for rank in range(2):
             clips, labels = next(ranks[rank])
             assert torch.equal(clips, step[rank::2])
-            assert labels == [videos.label(7, number, i) for i in range(rank, 4, 2)]
+            assert labels == [videos.clip_and_label(7, number, i)[1] for i in range(rank, 4, 2)]
     resumed = data.batches(videos, range(4), seed=7, first_step=2, workers=2)
     assert all(torch.equal(next(resumed), step) for step in steps[2:])
     assert torch.equal(steps[3][1], torch.from_numpy(videos.clip(7, 3, 1)))
@@ -1534,7 +1538,7 @@ def test_a_pack_is_complete_or_absent_whatever_ends_it(by, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "text.npy", "floats.npy", "grey.npy", "zero.npy", "cut.npy", "pipe.npy",
-                                  "list.npy", "keys.npy", "fewer.npy"])
+                                  "list.npy", "fewer.npy"])
 def test_reading_refuses_in_one_line(name, three_videos, tmp_path, monkeypatch):
     """What test_bad_input_is_one_line leaves."""
     monkeypatch.chdir(tmp_path)
@@ -1546,7 +1550,7 @@ def test_reading_refuses_in_one_line(name, three_videos, tmp_path, monkeypatch):
     Path("cut.npy").write_bytes(three_videos.read_bytes()[:-1])
     os.mkfifo("pipe.npy")
     fewer = json.loads(Path("packed.json").read_text())["videos"][:2]
-    for index, part in [("list", []), ("keys", {"videos": [{}]}), ("fewer", {"videos": fewer})]:
+    for index, part in [("list", []), ("fewer", {"videos": fewer})]:
         shutil.copy(three_videos, f"{index}.npy")
         Path(f"{index}.json").write_text(json.dumps(part))
     with pytest.raises(data.DataError) as refusal:
@@ -1554,26 +1558,70 @@ def test_reading_refuses_in_one_line(name, three_videos, tmp_path, monkeypatch):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("source, out", [("packed.npy", "again.npy"), ("source", "packed.npy"), ("source", "mine.npy"),
-                                         ("source", "mine.npz")])
-def test_packing_never_overwrites(source, out, three_videos, tmp_path):
-    before = three_videos.read_bytes()
-    (tmp_path / "mine.json").write_text('["not an index"]')
+@pytest.mark.parametrize("source, out, settings", [
+    ("packed.npy", "again.npy", {}), ("source", "packed.npy", {"stride": 2}), ("source", "mine.npy", {}),
+    ("source", "mine.npz", {}), ("source", "old.npy", {})])
+def test_packing_never_overwrites(source, out, settings, three_videos, tmp_path):
+    for name, text in [("mine.json", '["not an index"]'), ("old.npy", "without an index")]:
+        (tmp_path / name).write_text(text)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     with pytest.raises(data.DataError):
-        data.pack(tmp_path / source, tmp_path / out, size=8)
-    assert three_videos.read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ["mine.json", "packed.json", "packed.npy", "source"]
+        data.pack(tmp_path / source, tmp_path / out, size=8, **settings)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
-def test_the_command_of_data(tmp_path):
-    out = tmp_path / "maze.npy"
-    for source, status, stdout, stderr in [("maze", 0, "packed 2 videos (2 train, 0 test), 10 frames of 8x8 into", ""),
-                                           (tmp_path / "missing", 1, "", "data.py: .*missing cannot be read")]:
-        done = subprocess.run([sys.executable, data.__file__, source, "--size", "8", "--frames", "5", "--num", "2",
-                               "--out", out], capture_output=True, text=True)
-        assert done.returncode == status and done.stdout.startswith(stdout) and done.stdout.count("\n") == 1 - status
-        assert re.match(stderr, done.stderr) and done.stderr.count("\n") <= (1 if status else 9)
-    assert np.array_equal(np.load(out)[5:], MazeVideos(5, 8).clip(0, 1))
+@pytest.fixture
+def data_command(tmp_path, monkeypatch, capsys):
+    """Run data.py in an empty folder -> what it exits with, 0 or its one line, and what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(flags):
+        monkeypatch.setattr(sys, "argv", ["data.py", *flags.split()])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(data.__file__, run_name="__main__")
+        return stopped.value.code or 0, capsys.readouterr().out
+
+    return run
+
+
+def test_the_command_of_data(data_command, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/far/away")
+    assert "/far/away/ssm-video-diffusion" in data_command("--help")[1]
+    walks = "maze --size 8 --frames 5 --num 2 --out maze.npy"
+    status, printed = data_command(walks)
+    assert status == 0 and printed.startswith("packed 2 videos (2 train, 0 test), 2 classes, 10 frames of 8x8 into")
+    assert np.array_equal(np.load("maze.npy")[5:], MazeVideos(5, 8).clip(0, 1))
+    written = os.stat("maze.npy").st_mtime_ns
+    status, printed = data_command(walks)
+    assert status == 0 and "already" in printed and os.stat("maze.npy").st_mtime_ns == written
+    for refused in (walks + " --seed 1", "missing --size 8 --out maze.npy", "missing --size 8 --out new.npy"):
+        status, printed = data_command(refused)
+        assert re.fullmatch("data.py: .+", status) and printed == ""
+
+
+def test_stride_and_test_fraction(data_command):
+    def tests_of(index):
+        return {video["name"] for video in index["videos"] if video["split"] == "test"}
+
+    for i in range(30):
+        write_npy(Path("source", "ab"[i % 2], f"{i}.npy"), 7, first=i)
+    packing = "source --size 8 --stride 3 --test-fraction 0.2 --out packed.npy"
+    status, printed = data_command(packing)
+    index = json.loads(Path("packed.json").read_text())
+    tests = tests_of(index)
+    assert status == 0 and 2 <= len(tests) <= 11 and index["stride"] == 3
+    assert printed.startswith(f"packed 30 videos ({30 - len(tests)} train, {len(tests)} test), 2 classes, 90 frames")
+    clip = data.open_videos("packed.npy", 3, 8, "test").clip(0)
+    assert (np.diff(clip[:, 0, 0, 0].astype(int)) == 3).all()
+    assert "already" in data_command(packing)[1] and isinstance(data_command(packing.replace("3", "2"))[0], str)
+    shutil.rmtree("source/a")
+    write_npy(Path("source", "new", "0.npy"), 7)
+    assert isinstance(data_command(packing)[0], str), "other videos by now"
+    index = data.pack("source", "fewer.npy", size=8, workers=1, test_fraction=0.2)
+    assert tests_of(index) - {"new/0.npy"} == {name for name in tests if name[0] == "b"}
+    assert tests_of(data.pack("source/new", "one.npy", size=8, workers=1, test_fraction=0.001)), "one at least"
+    os.rename("source/new", "source/test")
+    assert "--test-fraction" in data_command("source --size 8 --test-fraction 0.1 --out split.npy")[0]
 
 
 # ------------------------------------------------------------------------------------------------ fvd
@@ -1672,7 +1720,7 @@ def videos_of(frames, size, n=1, seed=0):
     return (127.5 + 60 * waves).astype(np.uint8).transpose(0, 2, 3, 4, 1)
 
 
-@pytest.mark.parametrize("frames, size", [(9, 64), (16, 57), (30, 64)])
+@pytest.mark.parametrize("frames, size", [(9, 32), (16, 57), (30, 32)])
 @torch.inference_mode()
 def test_an_independent_i3d_agrees(net, weights, frames, size):
     blocks = torch.nn.Sequential(*list(net.children())[:-1])  # all but the head, which needs 224x224
@@ -1746,10 +1794,16 @@ def test_fewer_videos_than_features():
     # from the data, without any covariance: C1^1/2 C2^1/2 has the singular values of X Y^T / sqrt((n - 1)(m - 1))
     cross = np.linalg.svd(xc @ yc.T, compute_uv=False).sum() / math.sqrt(59 * 89)
     exact = ((x.mean(0) - y.mean(0)) ** 2).sum() + (xc ** 2).sum() / 59 + (yc ** 2).sum() / 89 - 2 * cross
-    for unit in (1e-6, 1, 1e6):
-        assert abs(fvd.fvd(x * unit, y * unit) / unit ** 2 - exact) <= 1e-9 * exact
-        assert 0 <= fvd.fvd(x * unit, x * unit) <= 1e-9 * exact * unit ** 2
-    assert abs(fvd.fvd(torch.from_numpy(x), torch.from_numpy(y)) - exact) <= 1e-9 * exact
+    with pytest.warns(UserWarning, match="60 and 90 samples") as caught:
+        assert abs(fvd.fvd(torch.from_numpy(x), torch.from_numpy(y)) - exact) <= 1e-9 * exact
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning):
+        for unit in (1e-6, 1, 1e6):
+            assert abs(fvd.fvd(x * unit, y * unit) / unit ** 2 - exact) <= 1e-9 * exact
+            assert 0 <= fvd.fvd(x * unit, x * unit) <= 1e-9 * exact * unit ** 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fvd.fvd(x[:, :50], y[:, :50])  # more samples than features
 
 
 def test_rank_one_and_zero_covariances():
@@ -1807,11 +1861,12 @@ def fvd_command(scripted_file, tmp_path, monkeypatch):
     """Run fvd.py in an empty folder on real.npy (12 clips) and fake.npy (9) -> its result, or what it exits with."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "packed")
+    monkeypatch.setattr(fvd, "SIZE", 32)  # resizing to 224 would take most of the time
     np.save("real.npy", videos_of(12, 16, n=12, seed=1))
     np.save("fake.npy", videos_of(9, 16, n=9, seed=2))
 
     def run(flags="", network=f"--i3d-torchscript {scripted_file}", out="fake.fvd.json"):
-        defaults = "--real real.npy --fake fake.npy --cache cache --device cpu --batch-size 4 --repeats 3"
+        defaults = "--real real.npy --fake fake.npy --cache cache --device cpu --batch-size 4 --repeats 2"
         monkeypatch.setattr(sys, "argv", ["fvd.py", *f"{network} {defaults} --out {out} {flags}".split()])
         with pytest.raises(SystemExit) as stopped:
             command.run("fvd.py", fvd.main, fvd.FVDError, data.DataError)
@@ -1881,11 +1936,16 @@ def test_an_interrupted_run_resumes_and_gives_the_same_digits(fvd_command, after
     assert fvd_command() == expected
     assert sorted(computed) == sorted(2 * [2] + 3 * [4] + [4, 4, 1])  # black and white twice, no other clip
     assert fvd_command() == expected and len(computed) == 9          # all of it from the cache
+    for file in Path("cache").glob("*.npy"):
+        file.write_bytes(file.read_bytes()[:-9])
+    assert fvd_command() == expected and len(computed) == 9 + 7      # what was cut off is computed again
 
 
 def test_a_result_is_never_overwritten_by_another(fvd_command):
     before = fvd_command()
     assert "fake.fvd.json" in fvd_command("--seed 1")
+    Path("notes.txt").write_text("not a result")
+    assert "notes.txt" in fvd_command("--out notes.txt") and Path("notes.txt").read_text() == "not a result"
     np.save("real.npy", videos_of(12, 16, n=12, seed=9))
     assert "fake.fvd.json" in fvd_command() and json.loads(Path("fake.fvd.json").read_text()) == before
     assert fvd_command(out="new.json")["fvd"] != before["fvd"]
@@ -1894,12 +1954,14 @@ def test_a_result_is_never_overwritten_by_another(fvd_command):
 @pytest.mark.parametrize("flags", [
     "--real float.npy", "--real folder", "--real short.npy", "--fake short.npy", "--frames 8", "--split test",
     "--stride 2", "--num-fake 10", "--num-real 1000", "--protocol 2048", "--repeats 0", "--i3d none.pt",
-    "--i3d other.pt", "--i3d code.pt", "--i3d SCRIPTED", "--i3d-torchscript other.pt", ""])
+    "--i3d other.pt", "--i3d code.pt", "--i3d SCRIPTED", "--i3d-torchscript other.pt",
+    "--i3d-torchscript foreign.pt", ""])
 def test_fvd_bad_input_is_one_line(fvd_command, scripted_file, flags, capfd):
     np.save("float.npy", np.zeros((4, 9, 8, 8, 3), np.float32))
     np.save("short.npy", np.zeros((4, 8, 8, 8, 3), np.uint8))
     write_npy(Path("folder", "0.npy"), 9)
     torch.save({"x": 1}, "other.pt")
+    torch.jit.script(torch.nn.Identity()).save("foreign.pt")
     Path("code.pt").write_bytes(pickle.dumps(Code()))
     flags = flags.replace("SCRIPTED", str(scripted_file))
     code = fvd_command(flags, **({"network": ""} if not flags or "--i3d" in flags else {}))
@@ -1916,20 +1978,38 @@ def test_check_says_whether_it_is_the_standard_metric(fvd_command, scripted_file
     assert fvd_command("--check") == 0 and "is the standard metric" in capsys.readouterr().out
 
 
-def test_with_i3d_itself(fvd_command, net, weights_file, monkeypatch):
+def test_with_the_weights_of_i3d(fvd_command, net, weights_file, monkeypatch):
+    """test_features_at_full_size has the whole of it; here only the last layer computes."""
+    def last_layer(self, x):
+        x = F.adaptive_avg_pool3d(x, (1, 32, 32)).flatten(1)
+        return self.logits["conv3d"](x[:, :1024, None, None, None]).flatten(1)
+
+    monkeypatch.setattr(fvd.I3D, "forward", last_layer)
     monkeypatch.setattr(fvd, "black_against_white", lambda net, frames: 152.9)
     result = fvd_command("--num-real 2 --num-fake 2 --seed 1", f"--i3d {weights_file}")
     order = np.sort(np.random.default_rng(1).permutation(12)[:2])
     features = (fvd.i3d_features(net, videos) for videos in (np.load("real.npy")[order, :9], np.load("fake.npy")[:2]))
-    assert result["fvd"] == pytest.approx(fvd.fvd(*features), rel=1e-5)
+    assert result["fvd"] == pytest.approx(fvd.fvd(*features), rel=1e-5) and result["fvd"] > 0
     assert result["floor"] is None and result["comparable_with_published_fvd"]
 
 
-def test_two_processes_give_the_fvd_of_one(fvd_command, scripted_file):
-    expected = fvd_command()
-    torchrun(2, HERE / "fvd.py", *f"--real real.npy --fake fake.npy --i3d-torchscript {scripted_file} --cache two "
-             "--device cpu --batch-size 4 --repeats 3 --out two.json".split())
-    assert json.loads(Path("two.json").read_text()) == expected
+def test_two_processes_give_the_fvd_of_one(fvd_command, monkeypatch):
+    expected, computed = fvd_command(), []
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    child = os.fork()  # as torchrun would start them, but without importing everything again
+    for name, value in dict(RANK=int(not child), LOCAL_RANK=int(not child), WORLD_SIZE=2, LOCAL_WORLD_SIZE=2,
+                            MASTER_ADDR="localhost", MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(fvd, "i3d_features", lambda net, videos, *settings, embed=fvd.i3d_features, **named:
+                        computed.append(len(videos)) or embed(net, videos, *settings, **named))
+    try:
+        result = fvd_command("--cache two", out="two.json")
+    finally:
+        if not child:
+            os._exit(0 if sum(computed) == 2 + 8 else 1)  # black and white, batches of 4 and 4
+    assert os.waitpid(child, 0)[1] == 0 and result == expected and sum(computed) == 2 + 13
 
 
 # ------------------------------------------------------------------------------------------------ bench
@@ -2014,20 +2094,27 @@ def test_the_readmes_drop_in_runs_as_printed():
         assert not seen.any()
 
 
-@pytest.mark.parametrize("files, packages, code", [
-    (["s4d.py"], [], "import s4d; assert s4d.TemporalSSM(4)(torch.randn(1, 4, 4, 4, 4)).shape == (1, 4, 4, 4, 4)"),
-    (["diffusion.py"], [], "from diffusion import *; D = Diffusion(2);"
-     "assert D.sample(lambda x, t: x, (1, 3, 2, 4, 4), sample_generators(0, [0])).shape == (1, 3, 2, 4, 4)"),
-    (["model.py", "s4d.py"], ["einops"], "from model import *; x = torch.randn(1, 3, 2, 8, 8);"
-     "assert UNet3D(UNetConfig(base_channels=8))(x, torch.tensor([1])).shape == x.shape"),
-    (["data.py"], ["numpy", "PIL", "av"], "import data; assert data.MazeVideos(3, 8).clip(0).shape == (3, 8, 8, 3)"),
-    (["fvd.py"], ["numpy", "scipy"], "import fvd, numpy as np;"
-     "assert abs(fvd.frechet_distance(np.zeros(2), np.eye(2), np.ones(2), np.eye(2)) - 2) < 1e-6"),
-])
-def test_files_work_alone_in_an_empty_folder(files, packages, code, tmp_path):
-    for file in files:
-        shutil.copy(HERE / file, tmp_path)
-    absent = {"numpy", "einops", "PIL", "scipy", "av", "tqdm", "tensorboard", "matplotlib"} - set(packages)
-    code = f"import sys, torch; sys.path.insert(0, '.'); sys.modules.update(dict.fromkeys({absent})); {code}"
-    finished = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
+ALONE = {  # files -> packages that they need beside torch, and what must work then
+    "s4d.py": ([], "import s4d; assert s4d.TemporalSSM(4)(torch.randn(1, 4, 4, 4, 4)).shape == (1, 4, 4, 4, 4)"),
+    "diffusion.py": ([], "from diffusion import *; x = torch.zeros(1, 3, 2, 4, 4);"
+                     "assert Diffusion(2).sample(lambda x, t: x, x.shape, sample_generators(0, [0])).shape == x.shape"),
+    "model.py s4d.py": (["einops"], "from model import *; x = torch.randn(1, 3, 2, 8, 8);"
+                        "assert UNet3D(UNetConfig(base_channels=8))(x, torch.tensor([1])).shape == x.shape"),
+    "data.py": (["numpy", "PIL", "av"], "import data; assert data.MazeVideos(3, 8).clip(0).shape == (3, 8, 8, 3)"),
+    "fvd.py": (["numpy", "scipy"], "import fvd, numpy as np;"
+               "assert abs(fvd.frechet_distance(np.zeros(2), np.eye(2), np.ones(2), np.eye(2)) - 2) < 1e-6")}
+
+
+def test_files_work_alone_in_an_empty_folder(tmp_path):
+    code = "import os, sys, torch\n"  # one process that imports torch, then one for each, forked
+    for number, (files, (packages, works)) in enumerate(ALONE.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for file in files.split():
+            shutil.copy(HERE / file, folder)
+        absent = {"numpy", "einops", "PIL", "scipy", "av", "tqdm", "tensorboard", "matplotlib"} - set(packages)
+        code += (f"if not os.fork(): os.chdir({str(folder)!r}); sys.path.insert(0, '.');"
+                 f"sys.modules.update(dict.fromkeys({absent})); {works}; print({files!r}); sys.exit()\n")
+    done = subprocess.run([sys.executable, "-I", "-c", code + "os.waitid(os.P_ALL, 0, os.WEXITED)\n" * len(ALONE)],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert sorted(done.stdout.splitlines()) == sorted(ALONE), done.stderr
