@@ -127,7 +127,7 @@ def use_textbook(module):
 
 
 def settings(row, others):
-    """train.py's settings for a row, with `others` of its flags; a single layer may have any --size."""
+    """train.py's settings for a row: defaults, `others` of its flags, the row; out/bench holds no run to resume."""
     defaults = "--batch-size 1 --precision float32 --out out/bench" + " --channel-mults 1" * (row.what == "layer")
     return train.parse_args([*defaults.split(), *others, *f"--frames {row.frames} --temporal {row.temporal}".split()])
 
@@ -204,7 +204,7 @@ def widest(row, budget, others):
         clips = net.batch_size, 3, net.frames, net.size, net.size
         return train.step_memory(train.unet_config(net), clips, net.grad_checkpoint) / 2**30
 
-    base = 8 * bisect.bisect_right(range(8, 4096, 8), budget, key=gigabytes)
+    base = 8 * bisect.bisect_right(range(8, 1024, 8), budget, key=gigabytes)
     if base:
         with torch.device("meta"):
             net = UNet3D(train.unet_config(args(base)))
