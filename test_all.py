@@ -2022,37 +2022,42 @@ def bench_command(monkeypatch, *flags):
     return stop.value.code
 
 
-def test_bench_measures_and_keeps_what_does_not_fit(monkeypatch, capsys, tmp_path):
-    assert not bench_command(monkeypatch, "--what", "layer", "--channels", 8, "--size", 8, "--frames", 2 * 10 ** 9, 3,
-                             "--repeats", 1, "--out", tmp_path / "bench.md")
-    printed = capsys.readouterr().out
-    assert "| layer | 2000000000 | ssm | ours | out of memory |" in printed.splitlines()
-    assert re.search(r"^\| layer \| 3 \| ssm \| ours( \| [0-9.e+-]+){4} \| 1 \| 1 \|$", printed, re.MULTILINE)
-    assert (tmp_path / "bench.md").read_text() == printed
-
-
-def test_bench_survives_a_killed_row_and_leaves_a_table_when_interrupted(monkeypatch, capsys, tmp_path):
-    """In the place of the rows' processes: one that is killed, one that answers, and Ctrl-C during the next."""
+def test_bench_table_with_rows_out_of_memory_and_an_interrupt(monkeypatch, capsys, tmp_path):
+    """In the place of the rows' processes: one killed, three that answer, a true one that fails, Ctrl-C in the last."""
     process, out = tmp_path / "python", tmp_path / "bench.md"
-    process.write_text("""#!/bin/sh
+    process.write_text(f"""#!/bin/sh
         case "$*" in
-        *"--temporal ssm --frames 1 "*) kill -9 $$;;
-        *"--temporal attention --frames 1 "*) echo '[1, 2, 16, 70]';;
+        *'["layer", 1, "ssm"'*) kill -9 $$;;
+        *'["layer", 1, '*) echo '[1, 2, 16]';;
+        *'["layer", 3, "ssm"'*) echo '[1, 4, 8]';;
+        *'["layer", 3, '*) echo '[1, 5, 20]';;
+        *'"ssm", "ours"'*) exec {sys.executable} "$@";;
         *) kill -INT $PPID; sleep 60;;
         esac""")
     process.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(process))
-    flags = ["--what", "train", "--frames", 1, 2, "--temporal", "ssm", "attention", "--out", out]
+    flags = ["--what", "layer", "--frames", 3, 1, 2 * 10 ** 9, "--temporal", "ssm", "attention", "--out", out]
     assert "interrupted" in bench_command(monkeypatch, *flags)
-    assert out.read_text() == capsys.readouterr().out and out.read_text().splitlines()[4:] == [
-        "| train | 1 | ssm | ours | out of memory |", "| train | 1 | attention | ours | 1 | 2 | 16 | 70 | 1 | 1 |"]
+    assert out.read_text() == capsys.readouterr().out and (tmp_path / "bench.png").exists()
+    assert [line.split(" | ", 4)[4] for line in out.read_text().splitlines()[4:]] == [
+        "out of memory |", "1 | 2 | 16 | 2000 | 1.638e+04 | 1 | 1 |", "1 | 4 | 8 | 1333 | 2731 | 1 | 1 |",
+        "1 | 5 | 20 | 1500 | 2048 | 1.25 | 2.5 |", "out of memory |"]
+
+
+def test_bench_measures_a_row(monkeypatch, capsys):
+    for row, parameters in ((["train", 3, "ssm --mlp-layers 1", "textbook"], 278_147),
+                            (["sample", 3, "ssm", "ours"], 292_227), (["layer", 3, "attention", "ours"], 1028)):
+        flags = ["--preset", "tiny", "--base-channels", 8, "--size", 8, "--channels", 4, "--repeats", 1]
+        assert not bench_command(monkeypatch, *flags, "--row", json.dumps(row))
+        millions, *numbers = json.loads(capsys.readouterr().out)
+        assert millions * 1e6 == pytest.approx(parameters) and min(numbers) > 0
 
 
 def test_the_widest_network_within_a_budget(monkeypatch, capsys):
     """Each base channel takes 0.1 GB; heads are base / 8, the time embedding is 32 x base wide."""
-    monkeypatch.setattr(bench, "step_memory", lambda config, shape, grad_checkpoint: 0.1 * 2**30
+    monkeypatch.setattr(train, "step_memory", lambda config, shape, *_: 0.1 * 2**30
                         * (4 * config.heads + config.time_dim / 64) if shape == (2, 3, 5, 8, 8) else 0)
-    for budget, cells in (0.7, "0"), (4.7, "40 | 25.41 | 4 | 4.8"):
+    for budget, cells in (0.7, "out of memory"), (4.7, "40 | 25.41 | 4 | 4.8"):
         bench_command(monkeypatch, "--budget-gb", budget, "--frames", 5, "--size", 8, "--batch-size", 2)
         assert f"| train | 5 | ssm | ours | {cells} |" in capsys.readouterr().out.splitlines()
 
