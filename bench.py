@@ -42,7 +42,8 @@ from einops import rearrange
 
 import model
 import train
-from command import (Parser, UserError, autocast, choose_device, peak_memory, positive_float, positive_int, run,
+from command import (Parser, UserError, autocast, choose_device, choose_precision, peak_memory, positive_float,
+                     positive_int, run,
                      whole_file)
 from model import UNet3D, count_parameters
 from s4d import TemporalSSM, apply_mlp, kernels_once, weights
@@ -202,7 +203,9 @@ def widest(row, budget, others):
     def gigabytes(base):
         net = args(base)
         clips = net.batch_size, 3, net.frames, net.size, net.size
-        return train.step_memory(train.unet_config(net), clips, net.grad_checkpoint) / 2**30
+        device = choose_device(net.device)
+        precision = choose_precision(device, net.precision)
+        return train.step_memory(train.unet_config(net), clips, device, precision, net.grad_checkpoint) / 2**30
 
     base = 8 * bisect.bisect_right(range(8, 1024, 8), budget, key=gigabytes)
     if base:
