@@ -35,7 +35,6 @@ import torch
 import torch.nn as nn
 from einops import rearrange
 from PIL import Image, ImageDraw
-from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from command import (LiveMemory, Parser, UserError, agree, autocast, barrier, choose_device, choose_precision, gather,
@@ -43,7 +42,7 @@ from command import (LiveMemory, Parser, UserError, agree, autocast, barrier, ch
                      whole_file, zero_to_one)
 from data import DataError, read_whole_videos, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance
-from model import UNet3D, UNetConfig, compile_tails
+from model import UNet3D, UNetConfig, compile_tails, count_parameters
 from s4d import S6, kernels_once
 
 ASSET = Path(__file__).resolve().with_name("assets") / "maze64.pt"  # drawn from while there is no run of one's own
@@ -127,25 +126,24 @@ def cuda_graphs(net):
     return replay
 
 
-def sampling_batch(net, shape, device, precision, gradient):
+def sampling_batch(net, shape, device, gradient):
     """-> how many videos to draw at once: 8 on a CPU and 64 on a GPU, where more are not faster, or as many as there is
     free memory for.
 
     shape: (b, c, f, h, w) of the network's input for one of them. gradient: whether a step takes the input's gradient.
-    Counted on tensors without data. Not in it: workspaces of PyTorch's kernels, for which a fifth is left.
+    Counted on tensors without data, in float32; a quarter is left for the workspaces of PyTorch's kernels.
     """
-    with FakeTensorMode(), LiveMemory() as memory, autocast(torch.device("cpu"), precision):
-        copy = UNet3D(net.config).requires_grad_(False)
-        weights = memory.peak = memory.live
-        with torch.set_grad_enabled(gradient):
-            output = copy(torch.empty(shape, requires_grad=gradient), torch.zeros(shape[0], dtype=torch.long))
-            if gradient:
-                output.sum().backward()
+    with torch.device("meta"), LiveMemory() as memory, torch.set_grad_enabled(gradient):
+        x, t = torch.empty(shape, requires_grad=gradient), torch.empty(shape[0], dtype=torch.long)
+        y = UNet3D(net.config).requires_grad_(False)(x, t)
+        if gradient:
+            y.sum().backward()
+    needed = memory.peak - 4 * count_parameters(net)  # the network itself is there already
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(8 if device.type == "cpu" else 64, int(0.8 * free / (memory.peak - weights))))
+    return max(1, min(8 if device.type == "cpu" else 64, int(0.75 * free / needed)))
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -331,7 +329,7 @@ def main():
     # ---- the processes take batches in turn; an interrupted one is drawn again whole
     by_gradient = args.condition_weight > 0 and bool(given or len(blocks) > 1)
     shape = 1 if args.guidance == 1 else 2, 3, window, args.size, args.size
-    size = args.batch_size or min(gather(sampling_batch(net, shape, device, args.precision, by_gradient)))
+    size = args.batch_size or min(gather(sampling_batch(net, shape, device, by_gradient)))
     size = min(size, math.ceil(args.num / world_size))
     files = [parts / f"{i:07d}.npy" for i in range(args.num)]
     batches = [range(first, min(first + size, args.num)) for first in range(0, args.num, size)]
