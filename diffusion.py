@@ -4,8 +4,8 @@ Needs torch alone. The network is an argument, never a member: any `net(x_t, t) 
 
     diffusion = Diffusion(T=256)
     loss = diffusion.loss(net, x_0, t, noise).mean()
-    videos = diffusion.sample(net, (2, 3, 16, 32, 32), sample_generators(seed=0, indices=[0, 1]))
-    videos = diffusion.sample(net, (2, 3, 16, 32, 32), sample_generators(0, [0, 1]), steps=50, eta=0)    # DDIM
+    videos = diffusion.sample(net, (2, 3, 16, 32, 32))
+    videos = diffusion.sample(net, (2, 3, 16, 32, 32), steps=50, eta=0)     # DDIM
 
 Glossary (Ho et al. 2020, "DDPM", arXiv 2006.11239, whose equation numbers stand below where no other paper is named)
     T           number of diffusion steps; t runs from 0 (least noise) to T - 1, the paper's 1 .. T
@@ -16,7 +16,7 @@ Glossary (Ho et al. 2020, "DDPM", arXiv 2006.11239, whose equation numbers stand
     β̃_t, μ̃_t    variance and mean of the posterior q(x_{t-1} | x_t, x_0)
     x^a, x^b    of a video some of whose frames are given: those, and the others (Ho et al. 2022, arXiv 2204.03458)
     η           noise that DDIM adds (Song et al. 2021, arXiv 2010.02502): 0 none, 1 as much as the posterior has
-Every random number is a function of a key such as (seed, step, sample index): see `key_to_seed`.
+With `sample_generators` and `training_noise`, every random number is a function of a key: see `key_to_seed`.
 """
 import functools
 import hashlib
@@ -61,25 +61,15 @@ class Diffusion:
         self.posterior_variance = float32(betas * (1 - previous) / (1 - alphas_cumprod))
 
     def levels(self, t, like):
-        """-> √ᾱ_t and √(1 - ᾱ_t), (b, 1, ...) each."""
-        return extract(self.sqrt_alphas_cumprod, t, like), extract(self.sqrt_one_minus_alphas_cumprod, t, like)
+        """-> √ᾱ_t and √(1 - ᾱ_t), (b, 1, ..., 1) each, to be multiplied with `like` (b, ...)."""
+        shape = -1, *[1] * (like.dim() - 1)
+        return self.sqrt_alphas_cumprod[t].view(shape), self.sqrt_one_minus_alphas_cumprod[t].view(shape)
 
     def q_sample(self, x_0, t, noise):
         """x_t ~ q(x_t | x_0) for the given noise. x_0, noise: (b, ...), t: (b,) int -> (b, ...)."""
         # Eq. 4: x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε
         signal, noise_level = self.levels(t, x_0)
         return signal * x_0 + noise_level * noise
-
-    def predict_x0(self, x_t, t, eps):
-        """The x_0 that x_t and the noise ε imply, not clipped. Eq. 4 solved for x_0."""
-        signal, noise_level = self.levels(t, x_t)
-        return (x_t - noise_level * eps) / signal
-
-    def posterior(self, x_0, x_t, t):
-        """-> mean μ̃_t (b, ...) and variance β̃_t (b, 1, ...) of q(x_{t-1} | x_t, x_0)."""
-        # Eq. 7: μ̃_t = √ᾱ_{t-1} β_t / (1 - ᾱ_t) x_0 + √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t) x_t
-        mean = extract(self.posterior_mean_x0, t, x_t) * x_0 + extract(self.posterior_mean_xt, t, x_t) * x_t
-        return mean, extract(self.posterior_variance, t, x_t)
 
     def v(self, x_0, t, noise):
         """-> v of shape (b, ...), for which x_0 = √ᾱ_t x_t - √(1 - ᾱ_t) v (Salimans & Ho, App. D)."""
@@ -101,8 +91,10 @@ class Diffusion:
         """The network's x̂_0 for x_t (b, ...) at step t, an int, not clipped -> (b, ...). Gradients pass."""
         t = torch.full(x_t.shape[:1], t, device=x_t.device)
         output = net(x_t, t).float()
-        # the rotation is its own inverse: x_0 = √ᾱ x_t - √(1 - ᾱ) v
-        return self.predict_x0(x_t, t, output) if self.prediction == "eps" else self.v(output, t, x_t)
+        if self.prediction == "v":
+            return self.v(output, t, x_t)  # the rotation is its own inverse: x_0 = √ᾱ x_t - √(1 - ᾱ) v
+        signal, noise_level = self.levels(t, x_t)
+        return (x_t - noise_level * output) / signal  # Eq. 4 solved for x_0
 
     def timesteps(self, steps=None):
         """-> [(t, s), ...]: `steps` (None: T) steps of sampling from t to s, evenly spaced from T - 1 down to 0, then
@@ -113,22 +105,23 @@ class Diffusion:
         times = [self.T - 1 - round(i * (self.T - 1) / max(1, steps - 1)) for i in range(steps)]
         return list(zip(times, [*times[1:], -1]))
 
-    def step(self, x_t, x_0, t, s, generators, eta=None):
+    def step(self, x_t, x_0, t, s, generators=None, eta=None):
         """One step of sampling: x_t (b, ...) and its x̂_0 -> x_s. t > s: ints, see `timesteps`.
 
-        eta: η of DDIM; None: ancestral, where s = t - 1. generators: of the noise that the step adds, if it does.
+        eta: η of DDIM; None: ancestral, where s = t - 1. generators: of the noise that the step adds, see `randn`.
         """
-        shape = x_t.shape[1:]
         if eta is None:
-            mean, variance = self.posterior(x_0, x_t, torch.full(x_t.shape[:1], t, device=x_t.device))
+            # Eq. 7: μ̃_t = √ᾱ_{t-1} β_t / (1 - ᾱ_t) x_0 + √α_t (1 - ᾱ_{t-1}) / (1 - ᾱ_t) x_t
+            mean = self.posterior_mean_x0[t] * x_0 + self.posterior_mean_xt[t] * x_t
+            deviation = self.posterior_variance[t].sqrt()
             # β̃_0 = 0: the last step adds no noise
-            return mean + variance.sqrt() * randn_each(shape, generators) if t > 0 else mean
+            return mean + deviation * randn(x_t.shape, generators, x_t.device) if t > 0 else mean
         at, before = self.alpha_bars[t], self.alpha_bars[s]                                 # ᾱ_t, ᾱ_s
         eps = (x_t - at ** 0.5 * x_0) / (1 - at) ** 0.5                                     # the ε of x_t and x̂_0
         # Song et al., Eq. 16: σ, and Eq. 12: x_s = √ᾱ_s x_0 + √(1 - ᾱ_s - σ²) ε + σ z
         sigma = eta * ((1 - before) / (1 - at) * (1 - at / before)) ** 0.5
         x_s = before ** 0.5 * x_0 + max(0, 1 - before - sigma ** 2) ** 0.5 * eps
-        return x_s + sigma * randn_each(shape, generators) if sigma > 0 else x_s
+        return x_s + sigma * randn(x_t.shape, generators, x_t.device) if sigma > 0 else x_s
 
     def denoise_given(self, net, x_t, t, x_a, given, weight):
         """`denoise` of videos x_t (b, c, f, ...) whose frames `given` (f,), bools, are those of x_a (b, c, f, ...)
@@ -146,23 +139,23 @@ class Diffusion:
         return torch.where(given.view(-1, *[1] * (x_t.dim() - 3)), x_a, x_0)
 
     @torch.no_grad()
-    def sample(self, net, shape, generators, progress=None, steps=None, eta=None, known=None, weight=1.0):
+    def sample(self, net, shape, generators=None, progress=None, steps=None, eta=None, known=None, weight=1.0):
         """Draw videos by ancestral sampling, Algorithm 2, or DDIM, with x̂_0 clipped to [-1, 1] at every step.
 
         shape: (b, c, f, h, w). generators: b torch.Generators on the diffusion's device, one per video, so that a
-            video does not depend on its batch. progress: wraps the iterable of steps (tqdm, say).
+            video does not depend on its batch; None: PyTorch's own. progress: wraps the iterable of steps (tqdm, say).
         eta: η of DDIM, from 0 to 1; None: ancestral sampling. steps: how many, of DDIM, from 1 to T; None: T.
         known: x_a (b, c, f, h, w) and given (f,), whether a frame is that of x_a; None: all are drawn. At every step
             the given frames have the noise of the forward process (the "replacement method" of Ho et al. 2022).
         weight: w_r of the reconstruction guidance that draws the others towards them; 0: the replacement method alone.
         Returns float32 (b, c, f, h, w) in [-1, 1]. Raises ValueError for settings that do not fit.
         """
-        if len(generators) != shape[0]:
+        if generators is not None and len(generators) != shape[0]:
             raise ValueError(f"{len(generators)} generators for {shape[0]} videos; expected one each")
         if eta is None and steps not in (None, self.T) or eta is not None and not 0 <= eta <= 1:
             raise ValueError(f"{steps} steps, eta {eta}: expected eta from 0 to 1, or None and all {self.T} steps")
         times = self.timesteps(steps)
-        x = randn_each(shape[1:], generators)
+        x = randn(shape, generators, self.device)
         if known is not None:
             x_a, given = known
             x[:, :, given] = self.q_sample(x_a, torch.full(shape[:1], self.T - 1, device=x.device), x)[:, :, given]
@@ -190,11 +183,6 @@ def with_guidance(net, labels, null, guidance=1.0):
     return guided
 
 
-def extract(table, t, like):
-    """table[t] as (b, 1, ..., 1), to be multiplied with `like` (b, ...)."""
-    return table[t].view(-1, *[1] * (like.dim() - 1))
-
-
 def key_to_seed(*key):
     """A 64-bit seed from a tuple of integers and strings; keys that differ give unrelated seeds.
     (PyTorch's CPU generator uses 32 of the bits: among 50,000 keys, one pair in three tries shares them.)
@@ -215,7 +203,7 @@ def training_noise(shape, seed, step, indices, T, device="cpu"):
     """
     generators = [torch.Generator(device).manual_seed(key_to_seed("train", seed, step, i)) for i in indices]
     t = torch.cat([torch.randint(T, (1,), generator=g, device=device) for g in generators])
-    return t, randn_each(shape, generators)
+    return t, randn((len(indices), *shape), generators)
 
 
 def label_dropped(rate, seed, step, index):
@@ -223,6 +211,8 @@ def label_dropped(rate, seed, step, index):
     return key_to_seed("label dropout", seed, step, index) % 2 ** 32 < rate * 2 ** 32
 
 
-def randn_each(shape, generators):
-    """-> (len(generators), *shape) of standard normal noise, each row from its own generator."""
-    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
+def randn(shape, generators=None, device=None):
+    """-> (b, ...) of standard normal noise: each row from its own generator, or all of it from the default one."""
+    if generators is None:
+        return torch.randn(shape, device=device)
+    return torch.stack([torch.randn(shape[1:], generator=g, device=g.device) for g in generators])

@@ -1,9 +1,8 @@
 """Draw videos from a checkpoint of train.py.
 
-    python sample.py                                              # the newest checkpoint under out/
-    python sample.py --ckpt out/minerl-400-ssm/ckpt.pt --num 1000 --batch-size 8 --out samples.npy
+    python sample.py                                              # the newest under out/, or the one in assets/
     torchrun --nproc-per-node 8 sample.py --num-samples 1000      # the same samples, shared among 8
-    python sample.py --frames 800                                 # longer than the network was trained on
+    python sample.py --ckpt out/minerl-400-ssm --frames 800       # longer than the network was trained on
     python sample.py --condition clip.mp4 --given 0:8             # continue from the clip's first 8 frames
     python sample.py --condition clip.mp4 --given 0:4,12:16       # what may have happened in between
     python sample.py --frames 1000 --window 64 --overlap 16       # blocks of 64, each from the 16 frames before it
@@ -11,10 +10,9 @@
     python sample.py --sampler ddim --sampling-steps 50           # DDIM: 50 network calls instead of 256
 
 Writes NAME.npy, uint8 (num, frames, height, width, 3), which data.py reads; NAME.npy.json, what it was drawn from;
-NAME.gif and NAME.mp4, the first 16 side by side; NAME.png, a row of frames of each; in these, given frames have a
-white border. Sample i is a function of (checkpoint, seed, i, its given frames): neither the number of processes nor,
-but for the last bits of floating-point sums, the batch size matters. The same command resumes an interrupted one. On
-several machines --out must be in a folder that all of them share.
+NAME.gif and NAME.mp4, the first 16 side by side; NAME.png, a row of frames of each; given frames have a white border
+there. Sample i is a function of (checkpoint, seed, i, its given frames): neither the number of processes nor, but for
+the last bits of floating-point sums, the batch size matters. The same command resumes an interrupted one.
 
 Glossary
     b, c, f, h, w   batch, channels, frames, height, width
@@ -22,30 +20,33 @@ Glossary
     given           frames that are not drawn but taken from a clip, or from the block before
     block           frames that are drawn at once
 """
-import argparse
 import functools
 import hashlib
 import json
 import math
 import os
-import re
 import shutil
+import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 import torch.nn as nn
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from command import (Parser, UserError, agree, autocast, barrier, choose_device, choose_precision, gist,
-                     join_processes, non_negative_float, non_negative_int, positive_int, processes, run, say,
+from command import (LiveMemory, Parser, UserError, agree, autocast, barrier, choose_device, choose_precision, gather,
+                     gist, join_processes, non_negative_float, non_negative_int, positive_int, processes, run, say,
                      whole_file, zero_to_one)
 from data import DataError, read_whole_videos, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance
-from model import UNet3D, UNetConfig, compile_tails
+from model import UNet3D, UNetConfig, compile_tails, count_parameters
 from s4d import S6, kernels_once
+
+ASSET = Path(__file__).resolve().with_name("assets") / "maze64.pt"  # drawn from while there is no run of one's own
+PICTURES = ".gif", ".mp4", ".png"
 
 
 def draw(net, sample, shape, generators, labels=None, guidance=1.0, known=None, blocks=None):
@@ -79,19 +80,20 @@ def load_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if {"step", "config", "unet", "ema"} <= ckpt.keys():
             return ckpt
-    except OSError:
-        raise
-    except Exception:  # torch raises all sorts for other files
-        pass
+    except Exception as error:  # torch raises all sorts for other files
+        if isinstance(error, OSError):
+            raise
     raise UserError(f"{path} is no checkpoint of train.py, is damaged, or holds code, which is never run")
 
 
 def load_network(ckpt, weights="ema", device="cpu"):
     """Rebuild a network with its checkpoint's "ema" or "model" weights -> UNet3D in eval mode. Raises UserError."""
+    if weights not in ckpt:
+        raise UserError(f"--weights {weights}: this checkpoint was made for sampling and has its EMA weights only")
     try:
         net = UNet3D(UNetConfig(**ckpt["unet"]))
         net.load_state_dict(ckpt[weights])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint does not fit this network: {gist(error)}") from None
     return net.to(device).eval().requires_grad_(False)
 
@@ -108,49 +110,57 @@ def cast_weights(net):
 def cuda_graphs(net):
     """A network (x_t, t, labels) -> output that replays a CUDA graph of `net`, captured at the first call of each
     shape; where gradients are asked for it is `net` itself. To be used while weights and S4D kernels stay."""
-    captured = {}
+    graphs = {}
 
     def replay(x, t, labels=None):
+        inputs = (x, t) if labels is None else (x, t, labels)
         if torch.is_grad_enabled():
-            return net(x, t, labels)
-        if x.shape not in captured:
-            inputs = [value.clone() for value in (x, t, labels) if value is not None]
-            stream = torch.cuda.Stream()  # PyTorch wants the warm-up on a stream of its own
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    net(*inputs)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                output = net(*inputs)
-            captured[x.shape] = graph, inputs, output
-        graph, inputs, output = captured[x.shape]
-        for static, new in zip(inputs, (x, t, labels)):
-            static.copy_(new)
-        graph.replay()
-        return output.clone()
+            return net(*inputs)
+        if x.shape not in graphs:
+            torch.set_autocast_cache_enabled(False)  # graphs do not go with it; autocast restores it at its end
+            static = tuple(value.clone() for value in inputs)
+            graphs[x.shape] = torch.cuda.make_graphed_callables(functools.partial(net), static)
+        return graphs[x.shape](*inputs).clone()
 
     replay.config = net.config
     return replay
+
+
+def sampling_batch(net, shape, device, gradient):
+    """-> how many videos to draw at once: 8 on a CPU and 64 on a GPU, where more are not faster, or as many as there is
+    free memory for.
+
+    shape: (b, c, f, h, w) of the network's input for one of them. gradient: whether a step takes the input's gradient.
+    Counted on tensors without data, in float32; a quarter is left for the workspaces of PyTorch's kernels.
+    """
+    with torch.device("meta"), LiveMemory() as memory, torch.set_grad_enabled(gradient):
+        x, t = torch.empty(shape, requires_grad=gradient), torch.empty(shape[0], dtype=torch.long)
+        y = UNet3D(net.config).requires_grad_(False)(x, t)
+        if gradient:
+            y.sum().backward()
+    needed = memory.peak - 4 * count_parameters(net)  # the network itself is there already
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        pages = os.sysconf("SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES")  # macOS
+        free = pages * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(8 if device.type == "cpu" else 64, int(0.75 * free / needed)))
 
 
 # ---------------------------------------------------------------------------------------- pictures
 
 
 def grid(videos, given, columns=None, pixels=96):
-    """uint8 (n, f, h, w, 3) -> (f, H, W, 3): side by side in rows, enlarged to about `pixels`, a gap of 4 between.
-
-    The frames numbered in `given` get a white border. H and W are even, as H.264 wants.
-    """
+    """uint8 (n, f, h, w, 3) -> (f, H, W, 3): side by side in rows, enlarged to about `pixels`, 4 black ones around and
+    between them. The frames numbered in `given` get a white border."""
     scale = max(1, round(pixels / videos.shape[2]))
     videos = videos.repeat(scale, axis=2).repeat(scale, axis=3)
     for i in given:
         videos[:, i, :2] = videos[:, i, -2:] = videos[:, i, :, :2] = videos[:, i, :, -2:] = 255
     columns = columns or math.ceil(math.sqrt(len(videos)))
-    tiles = np.pad(videos, ((0, -len(videos) % columns), (0, 0), (0, 4), (0, 4), (0, 0)))
+    tiles = np.pad(videos, ((0, -len(videos) % columns), (0, 0), (4, 0), (4, 0), (0, 0)))
     canvas = rearrange(tiles, "(rows columns) f h w rgb -> f (rows h) (columns w) rgb", columns=columns)
-    return np.pad(canvas, ((0, 0), (0, canvas.shape[1] % 2), (0, canvas.shape[2] % 2), (0, 0)))
+    return np.pad(canvas, ((0, 0), (0, 4), (0, 4), (0, 0)))
 
 
 def save_gif(path, videos, given=(), fps=10):
@@ -161,99 +171,111 @@ def save_gif(path, videos, given=(), fps=10):
 
 
 def save_mp4(path, videos, given=(), fps=10):
-    """The same as H.264. Needs PyAV."""
-    import av
-
+    """The same as H.264."""
     frames = grid(videos, given)
+    height, width = (side // 2 * 2 for side in frames.shape[1:3])  # H.264 wants even ones
     with whole_file(path) as file, av.open(file, "w", format="mp4") as container:
         # without x264's macroblock tree, and in one thread: else the same frames give other bytes each time
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "18", "x264-params": "mbtree=0"})
-        stream.codec_context.thread_count = 1
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        for frame in frames:
+        stream = container.add_stream("libx264", rate=fps, height=height, width=width,
+                                      options={"crf": "18", "x264-params": "mbtree=0:threads=1"})
+        for frame in frames[:, :height, :width]:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
 
-def save_sheet(path, videos, given=(), columns=8):
-    """Write them as a contact sheet, a PNG: a row for each, of evenly spaced frames from the first to the last."""
+def save_sheet(path, videos, given, captions, columns=8):
+    """Write them as a contact sheet, a PNG: a row for each, its caption beside it, of evenly spaced frames from the
+    first to the last, under their numbers."""
     picked = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
-    frames = grid(videos[:, picked], [i for i, frame in enumerate(picked) if frame in given], columns=1, pixels=64)
+    tiles = grid(videos[:, picked], [i for i, frame in enumerate(picked) if frame in given], columns=1, pixels=64)
+    pictures = Image.fromarray(rearrange(tiles[:, :, :-4], "f h w rgb -> h (f w) rgb"))
+    pen, side = ImageDraw.Draw(pictures), pictures.width // len(picked)
+    left, top = 4 + max(int(pen.multiline_textbbox((0, 0), caption)[2]) for caption in captions), 12
+    sheet = Image.new("RGB", (left + pictures.width + 4, top + pictures.height))
+    sheet.paste(pictures, (left, top))
+    pen = ImageDraw.Draw(sheet)
+    for i, frame in enumerate(picked):
+        pen.text((left + 4 + i * side, 2), str(frame))
+    for i, caption in enumerate(captions):
+        pen.multiline_text((4, top + 2 + i * side), caption)
     with whole_file(path) as file:
-        Image.fromarray(rearrange(frames, "f h w rgb -> h (f w) rgb")).save(file, "PNG", optimize=True)
-
-
-PICTURES = {".gif": save_gif, ".mp4": save_mp4, ".png": save_sheet}
+        sheet.save(file, "PNG", optimize=True)
 
 
 # ---------------------------------------------------------------------------------------- flags
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--ckpt", type=Path, help="checkpoint (the newest under out/)")
-    add("--num", "--num-samples", type=positive_int, default=16, help="videos; under torchrun write --num-samples")
-    add("--batch-size", type=positive_int, default=8, help="videos drawn at once by each process")
-    add("--seed", type=non_negative_int, default=0, help="sample i is a function of the seed and i")
+    add("--ckpt", type=Path, help="checkpoint, or a run's folder (the newest under out/, else the one in assets/)")
+    add("--num", "--num-samples", type=positive_int, help="videos (16, of assets/ 4); under torchrun: --num-samples")
+    add("--batch-size", type=positive_int, help="videos drawn at once by each process (as memory allows)")
+    add("--seed", type=non_negative_int, default=0, help="sample i is a function of the seed and i (0)")
     add("--frames", type=positive_int, help="frames per video (as trained)")
     add("--size", type=positive_int, help="height and width (as trained)")
-    add("--sampler", choices=("ddpm", "ddim"), default="ddpm", help="ancestral, all steps; or DDIM")
-    add("--sampling-steps", type=positive_int, help="of ddim (50, or all where there are fewer)")
+    add("--sampler", choices=("ddpm", "ddim"), help="ancestral, all steps; or DDIM (ddpm, of assets/ ddim)")
+    add("--sampling-steps", type=positive_int, help="of ddim (50, of assets/ 25; at most all)")
     add("--eta", type=zero_to_one, help="of ddim: 0, deterministic, to 1, with the posterior's noise (0)")
     add("--class", dest="label", metavar="NAME", help="class to draw (sample i has class i mod their number)")
     add("--guidance", type=non_negative_float, default=1.0, help="1: the class as learned; more: more of it, at twice "
-        "the time; 0: of no class")
+        "the time; 0: of no class (1)")
     add("--condition", type=Path, metavar="CLIP", help="video whose --given frames are kept; of a packed .npy sample i "
         "takes video i mod their number")
+    add("--condition-start", type=non_negative_int, default=0, metavar="N", help="the clip's frame that is frame 0 (0)")
     add("--given", metavar="FRAMES", help="frames to keep: a Python slice, 0:8, or several, 0:8,20:24")
     add("--condition-weight", type=non_negative_float, default=10.0, help="w_r of reconstruction guidance towards "
-        "given frames; 0: the replacement method, in half the time")
+        "given frames; 0: the replacement method, in half the time (10)")
     add("--window", type=positive_int, help="draw so many frames at a time (all at once)")
     add("--overlap", type=positive_int, help="frames of a window that are the last of the one before (a quarter)")
-    add("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the latest")
-    add("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native")
+    add("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the latest (ema)")
+    add("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native (auto)")
     add("--compile", action="store_true", help="torch.compile the elementwise work; a CUDA graph on CUDA")
     add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
-    add("--out", type=Path, help=".npy file to write (samples_STEP.npy beside the checkpoint)")
+    add("--out", type=Path, help=".npy file to write, in a folder that all machines share "
+        "(samples_STEP_KEY.npy beside the checkpoint)")
     args = parser.parse_args(argv)
+    if args.ckpt is None:
+        args.ckpt = max(Path("out").glob("**/ckpt.pt"), key=os.path.getmtime, default=ASSET)
+    elif args.ckpt.is_dir():
+        args.ckpt /= "ckpt.pt"
+    args.asset = args.ckpt.resolve() == ASSET
+    args.num, args.sampler = args.num or (4 if args.asset else 16), args.sampler or ("ddim" if args.asset else "ddpm")
     if args.sampler == "ddpm" and (args.sampling_steps or args.eta is not None):
         parser.error("--sampling-steps and --eta go with --sampler ddim; ddpm takes all steps")
     if bool(args.condition) != bool(args.given):
         parser.error(f"--condition {args.condition} --given {args.given}: expected both or neither")
-    if args.overlap and args.overlap >= (args.window or 0):
-        parser.error(f"--overlap {args.overlap}: expected a larger --window")
     if args.out and args.out.suffix != ".npy":
         parser.error(f"--out {args.out}: expected a name that ends in .npy")
     return args
 
 
-def given_frames(text, frames):
-    """Slices such as 0:8 or 0:8,20:24 of so many frames -> the frames' numbers, sorted. Raises UserError."""
-    problem = UserError(f"--given {text}: expected a slice such as 0:8, or several, 0:8,20:24, of some, but not all, "
-                        f"of the {frames} frames that a video has here (see --frames)")
-    given = set()
-    for part in text.replace(" ", "").split(","):
-        if not re.fullmatch(r"-?\d*:-?\d*(:[1-9]\d*)?", part):
-            raise problem
-        bounds = [int(bound) if bound else None for bound in part.split(":")]
-        picked = range(frames)[slice(*bounds)]
-        if not picked or max(abs(bound or 0) for bound in bounds[:2]) > frames:
-            raise problem
-        given.update(picked)
-    if len(given) == frames:
-        raise problem
-    return sorted(given)
+def read_condition(args):
+    """--condition and --given -> the given frames' numbers, sorted, and these frames of each clip, uint8 (given, h, w,
+    3). Raises UserError or DataError."""
+    numbers = set()
+    try:
+        for part in args.given.split(","):
+            start, stop, *step = (int(bound) if bound else None for bound in part.split(":"))
+            numbers.update(range(args.frames)[slice(start, stop, *step)])
+    except (TypeError, ValueError):
+        numbers.clear()
+    if not 0 < len(numbers) < args.frames:
+        raise UserError(f"--given {args.given}: expected a slice such as 0:8, or several, 0:8,20:24, of some, but not "
+                        f"all, of the {args.frames} frames that a video has here (see --frames)")
+    clips = [clip[args.condition_start:] for clip in read_whole_videos(args.condition, args.size)[:args.num]]
+    if min(map(len, clips)) <= max(numbers):
+        raise UserError(f"--given {args.given}: {args.condition} has only {min(map(len, clips))} frames from "
+                        f"--condition-start {args.condition_start} on")
+    return sorted(numbers), [torch.from_numpy(clip[sorted(numbers)]) for clip in clips]
 
 
-def plan_blocks(args, frames, given):
-    """-> the blocks of `draw`, without those whose frames are all given. Raises UserError."""
-    window = args.window or frames
-    overlap = args.overlap or (max(1, window // 4) if args.window else 0)
-    if window > frames or overlap >= window:
-        raise UserError(f"--window {window}: expected at most --frames {frames}, and more than the overlap, {overlap}")
+def plan_blocks(args, given):
+    """-> the blocks of `draw`, without those whose frames are all given."""
+    window = min(args.window or args.frames, args.frames)
+    overlap = min(args.overlap or max(1, window // 4), window - 1)
     # the last one begins earlier, so as to be whole
-    starts = [min(start, frames - window) for start in range(0, frames - overlap, window - overlap)]
+    starts = [min(start, args.frames - window) for start in range(0, args.frames - overlap, window - overlap)]
     return [slice(start, start + window) for start in starts if not {*range(start, start + window)} <= {*given}]
 
 
@@ -261,50 +283,41 @@ def plan_blocks(args, frames, given):
 
 
 def main():
-    # ---- the checkpoint and what is asked of it: all that can be wrong with either shows here
+    # ---- the checkpoint, and the flags that it decides
     args = parse_args()
     rank, _, world_size = processes()
     device = choose_device(args.device)
-    precision = choose_precision(device, args.precision)
-    path = args.ckpt or max(Path("out").glob("**/ckpt.pt"), key=os.path.getmtime, default=None)
-    if path is None:
-        raise UserError(f"no ckpt.pt under {Path('out').absolute()}; train one (python train.py --preset tiny) or name "
-                        "one with --ckpt")
-    ckpt = load_checkpoint(path)
-    config, classes = ckpt["config"], ckpt["config"]["classes"] or []
+    args.precision = choose_precision(device, args.precision)
+    ckpt = load_checkpoint(args.ckpt)
     net = load_network(ckpt, args.weights, device)
-    frames, size = args.frames or config["frames"], args.size or config["size"]
-    factor = 2 ** (len(net.config.channel_mults) - 1)
-    if size % factor:
-        raise UserError(f"--size {size}: this network needs a size divisible by {factor}")
+    config, classes, factor = ckpt["config"], ckpt["config"]["classes"] or [], 2 ** len(net.config.channel_mults) // 2
     diffusion = Diffusion(config["diffusion_steps"], device, config["prediction"])
-    steps = diffusion.T if args.sampler == "ddpm" else args.sampling_steps or min(50, diffusion.T)
-    if steps > diffusion.T:
-        raise UserError(f"--sampling-steps {steps}: expected 1 to {diffusion.T}, the checkpoint's diffusion steps")
-    eta = None if args.sampler == "ddpm" else args.eta or 0.0
+    args.frames, args.size = args.frames or config["frames"], args.size or config["size"]
+    if args.sampler == "ddim":
+        args.sampling_steps = min(args.sampling_steps or (25 if args.asset else 50), diffusion.T)
+        args.eta = args.eta or 0.0
+
+    # ---- what is asked of it: all that can be wrong with it shows here
+    if args.size % factor:
+        raise UserError(f"--size {args.size}: this network needs a size divisible by {factor}")
     if args.label and args.label not in classes or args.guidance != 1 and not classes:
         raise UserError(f"--class {args.label} --guidance {args.guidance:g}: the checkpoint has {len(classes)} classes "
                         f"(train.py --classes), such as {', '.join(classes[:10]) or 'none'}")
     labels = [args.label or classes[i % len(classes)] for i in range(args.num)] if classes else None
-    given, clips = [], []
-    if args.given:
-        given, clips = given_frames(args.given, frames), read_whole_videos(args.condition, size)[:args.num]
-        if min(map(len, clips)) <= given[-1]:
-            raise UserError(f"--given {args.given}: {args.condition} has {min(map(len, clips))} frames only")
-        clips = [torch.from_numpy(clip[given]) for clip in clips]                           # given h w 3, each
-    blocks = plan_blocks(args, frames, given)
+    given, clips = read_condition(args) if args.given else ([], [])
+    blocks = plan_blocks(args, given)
     window = blocks[0].stop - blocks[0].start
 
-    # ---- NAME.npy.json records all that shapes the samples: the same request resumes, another one is refused
-    request = json.dumps({
-        "weights_sha256": digest(net.state_dict().values()), "step": ckpt["step"], "weights": args.weights,
-        "num": args.num, "frames": frames, "size": size, "seed": args.seed, "sampler": args.sampler,
-        "sampling_steps": steps, "eta": eta, "device": device.type, "precision": precision,
-        "guidance": args.guidance, "labels": labels, "given": given, "condition_sha256": digest(clips),
-        "condition": args.condition and args.condition.name, "condition_weight": args.condition_weight,
-        "blocks": [[block.start, block.stop] for block in blocks]}, indent=1).encode()
-    out = args.out or path.with_name(f"samples_{ckpt['step']:07d}.npy")
-    about, parts = out.with_name(out.name + ".json"), out.with_name(f".{out.name}.parts")
+    # ---- NAME.npy.json says all that shapes the samples; the same request resumes, another one has another key
+    free = "ckpt", "asset", "batch_size", "compile", "out"
+    request = {name: value for name, value in vars(args).items() if name not in free} | {
+        "step": ckpt["step"], "device": device.type, "weights_sha256": digest(net.state_dict().values()),
+        "labels": labels, "condition": args.condition and args.condition.name, "condition_sha256": digest(clips)}
+    request = json.dumps(request, indent=1).encode()
+    key = hashlib.sha256(request).hexdigest()[:6]
+    folder = Path("out") / ASSET.stem if args.asset else args.ckpt.parent
+    out = args.out or folder / f"samples_{ckpt['step']:07d}_{key}.npy"
+    about, parts = out.with_name(out.name + ".json"), out.with_name(f".{out.name}.{key}")
     taken = [file for file in (about, out, *map(out.with_suffix, PICTURES)) if file.exists()]
     if taken and not (about.exists() and about.read_bytes() == request):
         raise UserError(f"{taken[0]} belongs to other samples; delete it or choose another --out")
@@ -312,68 +325,75 @@ def main():
         return say(f"{out} is there already, drawn by this same command; delete it to draw it again")
     join_processes()
     agree(request, "the processes read different checkpoints; start again once it is no longer being written")
-    if rank == 0:
-        if not about.exists():
-            shutil.rmtree(parts, ignore_errors=True)  # another request's
-        parts.mkdir(parents=True, exist_ok=True)
-        with whole_file(about) as file:
-            file.write(request)
-    say(f"{path}: step {ckpt['step']}, {args.weights} weights; {args.num} videos of {frames} frames, {size}x{size}, "
-        f"{args.sampler}, {steps} steps, seed {args.seed}, {world_size} x {device.type}")
-    if window > config["frames"]:
-        say(f"warning: trained on {config['frames']} frames, to draw {window} at once; --window draws them by blocks")
-    barrier()
+    parts.mkdir(parents=True, exist_ok=True)
 
     # ---- the processes take batches in turn; an interrupted one is drawn again whole
+    by_gradient = args.condition_weight > 0 and bool(given or len(blocks) > 1)
+    shape = 1 if args.guidance == 1 else 2, 3, window, args.size, args.size
+    size = args.batch_size or min(gather(sampling_batch(net, shape, device, by_gradient)))
+    size = min(size, math.ceil(args.num / world_size))
     files = [parts / f"{i:07d}.npy" for i in range(args.num)]
-    batch_size = min(args.batch_size, math.ceil(args.num / world_size))
-    batches = [range(first, min(first + batch_size, args.num)) for first in range(0, args.num, batch_size)]
+    batches = [range(first, min(first + size, args.num)) for first in range(0, args.num, size)]
     mine = [batch for batch in batches[rank::world_size] if not all(files[i].exists() for i in batch)]
-    if precision == "bf16":
+    announce(args, ckpt, blocks, f"{size} at a time by {world_size} x {device.type}")
+
+    if args.precision == "bf16":
         cast_weights(net)
     if args.compile:
         compile_tails()
-    bar = functools.partial(tqdm, disable=True if rank else None)
+    # where there is no terminal the bars, which tell the time left, come once a minute
+    bar = functools.partial(tqdm, disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 60)
     sample = functools.partial(diffusion.sample, progress=functools.partial(bar, unit="step", leave=False),
-                               steps=steps, eta=eta, weight=args.condition_weight)
-    is_given = torch.tensor([i in given for i in range(frames)], device=device)
-    with autocast(device, precision), kernels_once(net, window):
+                               steps=args.sampling_steps, eta=args.eta, weight=args.condition_weight)
+    is_given = torch.tensor([i in given for i in range(args.frames)], device=device)
+    with autocast(device, args.precision), kernels_once(net, window):
         network = cuda_graphs(net) if args.compile and device.type == "cuda" else net
         for batch in bar(mine, unit="batch"):
-            x_a = torch.zeros(len(batch), 3, frames, size, size)
+            x_a = torch.zeros(len(batch), 3, args.frames, args.size, args.size)
             if given:
                 x_a[:, :, given] = to_float(torch.stack([clips[i % len(clips)] for i in batch]))
             numbers = torch.tensor([classes.index(labels[i]) for i in batch], device=device) if classes else None
-            videos = draw(network, sample, (3, frames, size, size), sample_generators(args.seed, batch, device),
-                          numbers, args.guidance, (x_a.to(device), is_given), blocks)
+            videos = draw(network, sample, x_a.shape[1:], sample_generators(args.seed, batch, device), numbers,
+                          args.guidance, (x_a.to(device), is_given), blocks)
             for i, video in zip(batch, videos):
                 with whole_file(files[i]) as file:
                     np.save(file, video)
+
+    # ---- the array comes last: that it exists says that all is there
     barrier()
     if rank == 0:
-        assemble(out, files, given)
-        print(f"wrote {out.absolute()}, and previews beside it: .gif, .mp4, .png")
+        with whole_file(about) as file:
+            file.write(request)
+        videos = np.fromiter(map(np.load, files), np.dtype((np.uint8, np.load(files[0]).shape)), args.num)
+        captions = [f"sample {i}" + (f"\n{labels[i]}" if labels else "") + (f"\ngiven {args.given}" if given else "")
+                    for i in range(min(16, args.num))]
+        save_gif(out.with_suffix(".gif"), videos[:16], given)
+        save_mp4(out.with_suffix(".mp4"), videos[:16], given)
+        save_sheet(out.with_suffix(".png"), videos[:16], given, captions)
+        with whole_file(out) as file:
+            np.save(file, videos)
+        shutil.rmtree(parts)
+        say(f"wrote {out.absolute()}, and beside it pictures: {', '.join(PICTURES)}")
+
+
+def announce(args, ckpt, blocks, batches):
+    """Print what is drawn from what, and warn of what the network was not trained for."""
+    config, window = ckpt["config"], blocks[0].stop - blocks[0].start
+    if args.asset:
+        say("drawing from the small network that comes with the code; python train.py --preset tiny trains your own")
+    say(f"{args.ckpt}: step {ckpt['step']}, {args.weights} weights; {args.num} videos of {args.frames} frames, "
+        f"{args.size}x{args.size}, {batches}; {args.sampler}, {args.sampling_steps or 'all'} steps, seed {args.seed}"
+        + (f"; class {args.label or 'in turn'}, guidance {args.guidance:g}" if config["classes"] else "")
+        + (f"; frames {args.given} of {args.condition} given" if args.given else "")
+        + (f"; {len(blocks)} blocks of {window} frames" if len(blocks) > 1 else ""))
+    if window > config["frames"] or args.size != config["size"]:
+        say(f"warning: trained on {config['frames']} frames, {config['size']}x{config['size']}, to draw {window}, "
+            f"{args.size}x{args.size}, at once; --window draws long videos by blocks")
 
 
 def digest(tensors):
     """-> SHA-256 of the tensors' bytes."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(tensor.cpu().contiguous().numpy())
-    return sha.hexdigest()
-
-
-def assemble(out, files, given):
-    """Pictures of the first samples, then the array of all: that it exists says that everything is there."""
-    first = np.stack([np.load(file) for file in files[:16]])
-    for suffix, save in PICTURES.items():
-        save(out.with_suffix(suffix), first, given)
-    with whole_file(out) as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *first.shape[1:])}
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in files:
-            file.write(np.load(part).data)
-    shutil.rmtree(files[0].parent)
+    return hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 if __name__ == "__main__":
