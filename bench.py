@@ -43,8 +43,7 @@ from einops import rearrange
 import model
 import train
 from command import (Parser, UserError, autocast, choose_device, choose_precision, peak_memory, positive_float,
-                     positive_int, run,
-                     whole_file)
+                     positive_int, run, whole_file)
 from model import UNet3D, count_parameters
 from s4d import TemporalSSM, apply_mlp, kernels_once, weights
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -147,9 +148,15 @@ def free_memory(device):
     return min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
+@contextlib.contextmanager
+def counted_memory(device):
+    """A context whose tensors have no data: in seconds its LiveMemory tells what a step would take on this device."""
+    with FakeTensorMode(), torch.device(device), LiveMemory() as memory:
+        yield memory
+
+
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations in this context make and keep, `live` now and `peak` at most: on
-    tensors without data it tells in seconds what a step would take."""
+    """Counts the bytes of the tensors that operations in this context make and keep, `live` now and `peak` at most."""
 
     def __init__(self):
         super().__init__()

@@ -37,12 +37,12 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from command import (LiveMemory, Parser, UserError, agree, autocast, barrier, choose_device, choose_precision, gather,
-                     gist, join_processes, non_negative_float, non_negative_int, positive_int, processes, run, say,
-                     whole_file, zero_to_one)
+from command import (Parser, UserError, agree, autocast, barrier, choose_device, choose_precision, counted_memory,
+                     free_memory, gather, gist, join_processes, non_negative_float, non_negative_int, positive_int,
+                     processes, run, say, whole_file, zero_to_one)
 from data import DataError, read_whole_videos, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance
-from model import UNet3D, UNetConfig, compile_tails, count_parameters
+from model import UNet3D, UNetConfig, compile_tails
 from s4d import S6, kernels_once
 
 ASSET = Path(__file__).resolve().with_name("assets") / "maze64.pt"  # drawn from while there is no run of one's own
@@ -126,25 +126,21 @@ def cuda_graphs(net):
     return replay
 
 
-def sampling_batch(net, shape, device, gradient):
+def sampling_batch(net, shape, device, precision, gradient):
     """-> how many videos to draw at once: 8 on a CPU and 64 on a GPU, where more are not faster, or as many as there is
-    free memory for.
+    free memory for, counted on tensors without data; a quarter is left for the workspaces of PyTorch's kernels.
 
     shape: (b, c, f, h, w) of the network's input for one of them. gradient: whether a step takes the input's gradient.
-    Counted on tensors without data, in float32; a quarter is left for the workspaces of PyTorch's kernels.
     """
-    with torch.device("meta"), LiveMemory() as memory, torch.set_grad_enabled(gradient):
+    with counted_memory(device) as memory, autocast(device, precision), torch.set_grad_enabled(gradient):
+        network = UNet3D(net.config).requires_grad_(False)
+        parameters = memory.live  # are there already
         x, t = torch.empty(shape, requires_grad=gradient), torch.empty(shape[0], dtype=torch.long)
-        y = UNet3D(net.config).requires_grad_(False)(x, t)
+        y = network(x, t)
         if gradient:
             y.sum().backward()
-    needed = memory.peak - 4 * count_parameters(net)  # the network itself is there already
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        pages = os.sysconf("SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES")  # macOS
-        free = pages * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(8 if device.type == "cpu" else 64, int(0.75 * free / needed)))
+    fitting = 0.75 * free_memory(device) / (memory.peak - parameters)
+    return max(1, min(8 if device.type == "cpu" else 64, int(fitting)))
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -330,7 +326,7 @@ def main():
     # ---- the processes take batches in turn; an interrupted one is drawn again whole
     by_gradient = args.condition_weight > 0 and bool(given or len(blocks) > 1)
     shape = 1 if args.guidance == 1 else 2, 3, window, args.size, args.size
-    size = args.batch_size or min(gather(sampling_batch(net, shape, device, by_gradient)))
+    size = args.batch_size or min(gather(sampling_batch(net, shape, device, args.precision, by_gradient)))
     size = min(size, math.ceil(args.num / world_size))
     files = [parts / f"{i:07d}.npy" for i in range(args.num)]
     batches = [range(first, min(first + size, args.num)) for first in range(0, args.num, size)]

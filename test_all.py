@@ -1136,10 +1136,13 @@ def test_without_a_run_the_small_checkpoint_is_drawn_from(small_checkpoint, tmp_
         run_sample(monkeypatch, "--weights", "model")
 
 
-@pytest.mark.parametrize("gigabytes, videos", [(1e-6, 1), (1e3, 8)])
-def test_the_batch_is_what_the_free_memory_takes(gigabytes, videos, monkeypatch):
-    monkeypatch.setattr(os, "sysconf", lambda name: gigabytes * 1e9 if "PAGES" in name else 1)
-    assert sample.sampling_batch(UNet3D(UNetConfig(**TINY)), (1, 3, 2, 8, 8), torch.device("cpu"), False) == videos
+def test_the_batch_is_what_the_free_memory_takes(monkeypatch):
+    net, cpu = UNet3D(UNetConfig(**TINY)).requires_grad_(False), torch.device("cpu")
+    with LiveMemory() as memory:  # of one video
+        net(torch.randn(1, 3, 12, 8, 8), torch.zeros(1).long())
+    for videos, expected in ((0.1, 1), (3.5, 3), (99, 8)):
+        monkeypatch.setattr(sample, "free_memory", lambda device: videos * memory.peak / 0.75)
+        assert sample.sampling_batch(net, (1, 3, 12, 8, 8), cpu, "float32", gradient=False) == expected
 
 
 def test_classes_and_v_by_the_commands(run_train, tmp_path, monkeypatch):

@@ -39,14 +39,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fvd
-from command import (LiveMemory, Parser, UserError, agree, autocast, choose_device, choose_precision, first_then_all,
-                     free_memory, gather, gist, join_processes, non_negative_int, number, peak_memory, positive_float,
-                     positive_int, processes, run, say, whole_file, zero_to_one)
+from command import (Parser, UserError, agree, autocast, choose_device, choose_precision, counted_memory,
+                     first_then_all, free_memory, gather, gist, join_processes, non_negative_int, number, peak_memory,
+                     positive_float, positive_int, processes, run, say, whole_file, zero_to_one)
 from data import DataError, MazeVideos, batches, class_names, open_videos, to_float
 from diffusion import PREDICTIONS, Diffusion, label_dropped, sample_generators, training_noise
 from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails, count_parameters
@@ -441,7 +440,7 @@ def step_memory(config, clip_shape, device, precision="float32", grad_checkpoint
     """-> bytes that a training step takes for clips of `clip_shape` (b, c, f, h, w): parameters, Adam's two moments and
     the EMA, as large each, and what the forward and backward pass holds at its peak, gradients included, counted on
     tensors without data. Not in it: PyTorch itself, workspaces of its kernels, fragmentation."""
-    with FakeTensorMode(), torch.device(device), LiveMemory() as memory:
+    with counted_memory(device) as memory:
         net = UNet3D(config, grad_checkpoint)
         memory.live = memory.peak = 4 * 4 * count_parameters(net)
         x, t = torch.empty(clip_shape), torch.empty(clip_shape[0], dtype=torch.long)
