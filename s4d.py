@@ -124,13 +124,13 @@ def chunk_size(device):
     return 2 ** 12 if device.type == "cpu" else 2 ** 19
 
 
-def in_chunks(function, *tensors, size):
+def in_chunks(function, *tensors, size, kept=3):
     """function(*tensors), computed for `size` entries of the first axis at a time; it must treat each of them alone.
 
-    All but the first few chunks are `recomputed`: a hidden layer much wider than the input never exists whole, and
-    memory grows evenly with the frames. (On a CPU those first two cost little memory and make short clips faster.)
+    All chunks, on a CPU all but `kept`, are `recomputed`: a hidden layer much wider than the input never exists whole,
+    and memory grows evenly with the frames. (Of three or fewer a CPU has the memory, and short clips are faster so.)
     """
-    kept = 2 if tensors[0].device.type == "cpu" else 0
+    kept = kept if tensors[0].device.type == "cpu" else 0
     parts = zip(*(tensor.split(size) for tensor in tensors))
     outs = [function(*part) if i < kept else recomputed(function, *part) for i, part in enumerate(parts)]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -148,6 +148,16 @@ def by_rows(function, *tensors):
     rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors)
     out = in_chunks(function, *rows, size=chunk_size(tensors[0].device))
     return out.view(*tensors[0].shape[:-1], -1)
+
+
+def by_positions(function, X, size, kept=3):
+    """function(X), in chunks of `size` positions (None: of all), of X (b, f, ..., c) to a tensor of X's shape.
+
+    function: (p, f, c) -> (p, f, c), where each position's sequence stands alone. kept: see `in_chunks`.
+    """
+    sequences = X.reshape(*X.shape[:2], -1, X.shape[-1]).transpose(1, 2).flatten(0, 1)      # p f c
+    out = in_chunks(function, sequences, size=size, kept=kept) if size else function(sequences)
+    return out.unflatten(0, (len(X), -1)).transpose(1, 2).reshape(X.shape)
 
 
 # ---------------------------------------------------------------------------------------- S4D
@@ -337,16 +347,13 @@ class S6(nn.Module):
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
 
     def forward(self, u):
-        b, L, d = u.shape[0], u.shape[1], u.shape[-1]
-        sequences = u.reshape(b, L, -1, d).transpose(1, 2).flatten(0, 1)                    # b·p L d
-        sequences = sequences.flip(1) if self.reverse else sequences
+        u = u.flip(1) if self.reverse else u
         if u.is_cuda and fused_selective_scan():
-            y = self.fused(sequences)
+            y = by_positions(self.fused, u, size=None)
         else:
             numbers = 2 ** 19 if u.device.type == "cpu" else 2 ** 25  # in the states that exist at once
-            y = in_chunks(self.scan, sequences, size=max(1, numbers // (d * L * self.A_log.shape[1])))
-        y = y.flip(1) if self.reverse else y
-        return y.unflatten(0, (b, -1)).transpose(1, 2).reshape(u.shape)
+            y = by_positions(self.scan, u, size=max(1, numbers // (self.A_log.numel() * u.shape[1])))
+        return y.flip(1) if self.reverse else y
 
     def scan(self, u):
         """u: (p, L, d) -> (p, L, d)."""

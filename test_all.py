@@ -181,6 +181,19 @@ def test_reference_linear_attention_and_spatial_layers(no_norm, monkeypatch):
     assert relative(block(channels_last(x), t), channels_last(y)) < 1e-5
 
 
+@pytest.mark.parametrize("tag", ["lstm", "lstm_unidirectional"])
+def test_reference_lstm(tag, no_norm, monkeypatch):
+    archive = np.load(REFERENCE / "lstm.npz")
+    layer = model.TemporalLSTM(8, hidden=16, bidirectional=tag == "lstm")
+    load_reference(layer, archive, f"{tag}/", lambda name: name.replace("fc.", "out."))
+    x, y = (torch.from_numpy(archive[f"{tag}/{key}"]).transpose(0, 1)[None].repeat(1, 1, 15, 1) for key in ("in", "out"))
+    use_chunks_of(1, monkeypatch)
+    assert relative(layer(x) - x, y) < 1e-5  # 45 positions: two chunks
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(layer(x) - x, y) < 2e-2
+    assert layer.to("meta")(x.to("meta")).shape == x.shape
+
+
 def network_name(name):
     """The authors' name of a network's parameter -> ours."""
     name = re.sub(r"^(down|up)s\.(\d)\.(\d)\.", lambda match: f"{match[1]}.{match[2]}.{LEVEL_NAMES[match[3]]}.", name)
@@ -376,8 +389,8 @@ def test_s6_is_the_selective_recurrence(L, reverse, chunks, monkeypatch):
     ssm = randomise(s4d.S6(5, state_size=4, dt_rank=2, reverse=reverse)).double()
     u = torch.randn(6, L, 5, dtype=torch.float64, requires_grad=True)
     if chunks > 1:
-        in_chunks = s4d.in_chunks
-        monkeypatch.setattr(s4d, "in_chunks", lambda scan, u, size: in_chunks(scan, u, size=2))
+        by_positions = s4d.by_positions
+        monkeypatch.setattr(s4d, "by_positions", lambda scan, u, size: by_positions(scan, u, size=2))
     dt, B, C = (u @ ssm.x_proj.weight.T).split(ssm.sizes, -1)
     dt = torch.log1p(torch.exp(dt @ ssm.dt_proj.weight.T + ssm.dt_proj.bias))
     expected = selective_recurrence(u, dt, -ssm.A_log.exp(), B, C, ssm.D, reverse)

@@ -71,6 +71,7 @@ TAKES = {"ssm": {"state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidire
          "linear-attention": {"head_dim"},
          "gss": {"state_size", "mlp_dim", "unidirectional"},
          "mamba": {"state_size", "mlp_dim", "unidirectional", "ssm"},
+         "lstm": {"head_dim", "unidirectional"},
          "none": set()}
 
 # What may differ when a run is resumed: none of it shapes the network or the data.
