@@ -1,5 +1,6 @@
 """The 3D U-Net of Video Diffusion Models (Ho et al. 2022, arXiv 2204.03458) with an exchangeable temporal layer:
-bidirectional S4D (arXiv 2403.07711), what it is compared with (attention, linear attention, GSS, BiGS, Mamba), or none.
+bidirectional S4D (arXiv 2403.07711), what it is compared with (attention, linear attention, GSS, BiGS, Mamba, LSTM), or
+none.
 
     net = UNet3D(UNetConfig(temporal="ssm"))
     eps = net(torch.randn(2, 3, 16, 32, 32), torch.tensor([0, 255]))     # (b, c, f, h, w), (b,) -> (b, c, f, h, w)
@@ -35,7 +36,7 @@ MAX_LOGITS = 2 ** 29  # of temporal attention at once: the gradient of its bias 
 
 @dataclass
 class UNetConfig:
-    """Every architecture setting. The defaults are those of the paper's Table 5."""
+    """Every architecture setting. The defaults are those of the paper's Table 5. Raises ValueError."""
     temporal: str = "ssm"               # one of TEMPORAL_LAYERS
     video_channels: int = 3
     base_channels: int = 64
@@ -58,6 +59,9 @@ class UNetConfig:
             self.state_size = 16 if self.ssm == "s6" else 512
         if self.mlp_dim is None and self.temporal not in ("gss", "mamba"):
             self.mlp_dim = 512
+        for name, choices in [("temporal", TEMPORAL_LAYERS), ("ssm", SSMS), ("attention_impl", ATTENTION_IMPLS)]:
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
 
 
 # ---------------------------------------------------------------------------------------- the network
@@ -102,7 +106,7 @@ class UNet3D(nn.Module):
 
     def forward(self, x, t, labels=None):
         self.check_shapes(x, t, labels)
-        run = self.run
+        run = recomputed if self.grad_checkpoint else nn.Module.__call__
         temporal_args = () if self.position_bias is None else (self.position_bias(x.shape[2]),)  # (heads, f, f)
         time_embedding = self.time_mlp(sinusoidal_embedding(t, self.config.base_channels))  # b time_dim
         if self.class_embedding is not None:
@@ -131,9 +135,6 @@ class UNet3D(nn.Module):
         x = run(self.final_res, torch.cat([x, stem], dim=-1))                               # b f h w base
         return rearrange(self.final_conv(x), "b f h w c -> b c f h w").contiguous()         # b video_channels f h w
 
-    def run(self, block, *args):
-        return recomputed(block, *args) if self.grad_checkpoint else block(*args)
-
     def check_shapes(self, x, t, labels):
         channels, factor = self.config.video_channels, 2 ** len(self.down) // 2
         if x.dim() != 5 or x.shape[1] != channels or 0 in x.shape or x.shape[3] % factor or x.shape[4] % factor:
@@ -147,11 +148,8 @@ class UNet3D(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the U-Net: two ResNet blocks, spatial linear attention, temporal layer; then `resample`,
-    which the network calls itself, since the skip connection is taken before it.
-
-    resample: the class of the convolution that halves or doubles height and width; None: they stay.
-    """
+    """One resolution of the U-Net: two ResNet blocks, spatial linear attention, temporal layer. The network calls its
+    `resample`, a convolution that halves or doubles height and width, since the skip connection is taken before it."""
 
     def __init__(self, config, c_in, c_out, resample=None):
         super().__init__()
@@ -179,8 +177,8 @@ def sinusoidal_embedding(t, dim):
 def compile_tails(backend="inductor"):
     """Compile the functions that hold the elementwise work of all networks; once per process, before their first step.
 
-    (Whole networks, whose chunks unroll, would take many minutes.) A function that cannot be compiled, or comes in more
-    than 64 shapes, raises an error of torch._dynamo: it never falls back to eager execution unnoticed.
+    (Whole networks would take many minutes.) One that does not compile, or has over 64 shapes, raises torch._dynamo's
+    error instead of falling back to eager execution.
     """
     import torch._dynamo.config as dynamo
     dynamo.cache_size_limit, dynamo.fail_on_cache_limit_hit = 64, True  # aliases of later names
@@ -206,9 +204,7 @@ class ResNetBlock(nn.Module):
         self.shortcut = nn.Linear(c_in, c_out) if c_in != c_out else nn.Identity()
 
     def forward(self, x, time_embedding=None):
-        scale_shift = ()
-        if self.to_scale_shift is not None:
-            scale_shift = self.to_scale_shift(F.silu(time_embedding)).chunk(2, dim=-1)      # b c_out each
+        scale_shift = self.to_scale_shift(F.silu(time_embedding)).chunk(2, -1) if self.to_scale_shift else ()
         return self.block2(self.block1(x, *scale_shift)) + self.shortcut(x)
 
 
@@ -221,7 +217,8 @@ class Block(nn.Module):
         self.norm = nn.GroupNorm(groups, c_out)
 
     def forward(self, x, scale=None, shift=None):
-        return norm_act(conv_per_frame(self.conv, x), self.norm.weight, self.norm.bias, self.norm.num_groups, scale, shift)
+        norm = self.norm
+        return norm_act(conv_per_frame(self.conv, x), norm.weight, norm.bias, norm.num_groups, scale, shift)
 
 
 def conv_per_frame(conv, x):
@@ -267,13 +264,14 @@ def framewise_group_norm(x, weight, bias, groups, scale, shift, eps=1e-5):
 
 class Attention(nn.Module):
     """What every attention has: a norm before it, queries, keys and values without biases, several heads."""
+    output_bias = False
 
-    def __init__(self, channels, heads, head_dim, bias=False):
+    def __init__(self, channels, heads, head_dim=32):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(channels, bias=False)
         self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, channels, bias=bias)
+        self.to_out = nn.Linear(heads * head_dim, channels, bias=self.output_bias)
 
     def qkv(self, x):
         """(n, p, c) -> q, k, v (n, heads, p, d) each."""
@@ -288,9 +286,6 @@ class Attention(nn.Module):
 class SpatialAttention(Attention):
     """Full attention over the positions of each frame, residual."""
 
-    def __init__(self, channels, heads, bias=False):
-        super().__init__(channels, heads, head_dim=32, bias=bias)
-
     def forward(self, x):
         frames = rearrange(x, "b f h w c -> (b f) (h w) c")
         size = min(MAX_SEQUENCES, max(1, chunk_size(x.device) // frames.shape[1]))
@@ -303,9 +298,7 @@ class SpatialAttention(Attention):
 
 class SpatialLinearAttention(SpatialAttention):
     """Linear attention (Shen et al. 2018) over the positions of each frame, residual."""
-
-    def __init__(self, channels, heads):
-        super().__init__(channels, heads, bias=True)
+    output_bias = True
 
     def attend(self, x):
         out = self.to_out
@@ -331,7 +324,7 @@ def linear_attention(x, norm, to_qkv, to_out, bias, heads):
 
 
 def make_temporal_layer(config, channels):
-    """The temporal layer that config.temporal names: (b, f, ..., channels) -> the same. Raises ValueError."""
+    """The temporal layer that config.temporal names: (b, f, ..., channels) -> the same."""
     if config.temporal == "ssm":
         return TemporalSSM(channels, config.state_size, config.mlp_dim, config.mlp_layers, config.mlp_position,
                            config.bidirectional, config.skip)
@@ -345,9 +338,7 @@ def make_temporal_layer(config, channels):
         return TemporalMamba(channels, config.state_size, config.mlp_dim, config.bidirectional, config.ssm)
     if config.temporal == "lstm":
         return TemporalLSTM(channels, config.heads * config.head_dim, config.bidirectional)
-    if config.temporal == "none":
-        return nn.Identity()
-    raise ValueError(f"temporal layer is {config.temporal!r}; expected one of {', '.join(TEMPORAL_LAYERS)}")
+    return nn.Identity()
 
 
 class TemporalAttention(Attention):
@@ -364,8 +355,6 @@ class TemporalAttention(Attention):
         super().__init__(channels, heads, head_dim)
         if head_dim % 2:
             raise ValueError(f"head_dim is {head_dim}; expected an even number: the rotary embedding turns pairs")
-        if impl not in ATTENTION_IMPLS:
-            raise ValueError(f"attention_impl is {impl!r}; expected one of {', '.join(ATTENTION_IMPLS)}")
         self.impl = impl
         rotary_dim = min(32, head_dim)  # only the first 32 features are rotated
         freqs = 10_000 ** (-torch.arange(0, rotary_dim, 2).float() / rotary_dim)            # angle per frame
@@ -411,10 +400,9 @@ def rotary_embedding(x, freqs):
 
 
 class RelativePositionBias(nn.Module):
-    """T5's bidirectional relative position bias (Raffel et al. 2020): one learned number per bucket and head.
+    """T5's relative position bias (Raffel et al. 2020), one learned number per bucket and head: 16 buckets for the past
+    and 16 for the future, of one distance each below 8, then logarithmically wider, the last from 32 frames on.
 
-    Of 32 buckets half are for the past, half for the future; distances below 8 have a bucket each, larger ones share
-    logarithmically wider buckets, and all from 32 on share the last.
     forward: f frames -> bias (heads, f, f), added to the attention logits of query frame i and key frame j.
     """
 
@@ -506,13 +494,11 @@ class TemporalMamba(nn.Module):
         O = W_out ((F + B) · SiLU(G)) + X
 
     mlp_dim: hidden width of an MLP, Linear, SiLU, Linear, in the place of W_out; None: without.
-    ssm: "s4d", as in the paper, or "s6", Mamba's own; another raises ValueError. The rest as in `TemporalGSS`.
+    ssm: "s4d", as in the paper, or "s6", Mamba's own. The rest as in `TemporalGSS`.
     """
 
     def __init__(self, channels, state_size=512, mlp_dim=None, bidirectional=True, ssm="s4d"):
         super().__init__()
-        if ssm not in SSMS:
-            raise ValueError(f"ssm is {ssm!r}; expected one of {', '.join(SSMS)}")
         width, reverses = 2 * channels, [False, True] if bidirectional else [False]
         self.norm = nn.LayerNorm(channels, bias=False)
         self.to_input = nn.Linear(channels, width)

@@ -186,7 +186,7 @@ def test_reference_lstm(tag, no_norm, monkeypatch):
     archive = np.load(REFERENCE / "lstm.npz")
     layer = model.TemporalLSTM(8, hidden=16, bidirectional=tag == "lstm")
     load_reference(layer, archive, f"{tag}/", lambda name: name.replace("fc.", "out."))
-    x, y = (torch.from_numpy(archive[f"{tag}/{key}"]).transpose(0, 1)[None].repeat(1, 1, 15, 1) for key in ("in", "out"))
+    x, y = (torch.from_numpy(archive[f"{tag}/{key}"]).repeat(15, 1, 1).transpose(0, 1)[None] for key in ("in", "out"))
     use_chunks_of(1, monkeypatch)
     assert relative(layer(x) - x, y) < 1e-5  # 45 positions: two chunks
     with torch.autocast("cpu", torch.bfloat16):
@@ -288,7 +288,7 @@ def test_neither_the_vandermonde_tensor_nor_the_states_of_s6_exist_whole():
 
 
 @pytest.mark.parametrize("frames", [16, 200, 400])
-@pytest.mark.parametrize("positions", [2, 1024])  # by FFT, and (up to 1024 frames) by Toeplitz matrix
+@pytest.mark.parametrize("positions", [2, 400])  # by FFT, by Toeplitz matrix
 def test_bfloat16_autocast(frames, positions):
     layer = TemporalSSM(4, state_size=16, mlp_dim=8)
     x = torch.randn(1, frames, positions, 4)
@@ -317,7 +317,7 @@ def test_temporal_ssm_is_the_textbook_layer(settings, bidirectional, shape, rows
 def test_wide_hidden_layers_never_exist_whole_and_memory_grows_evenly(layer, monkeypatch):
     use_chunks_of(64, monkeypatch)
     kept = []
-    for frames in range(4, 24, 2):
+    for frames in range(4, 16, 2):
         with LargestTensor() as largest, LiveMemory() as memory:
             y = layer(torch.randn(1, frames, 8, 8, 4, requires_grad=True))
             kept.append(memory.live)
@@ -350,23 +350,6 @@ def test_kernels_are_computed_once_for_all_sampling_steps(monkeypatch):
     kernels = len(calls)
     assert kernels == len(set(calls)) > 0
     assert torch.equal(sampled(), once) and len(calls) == 6 * kernels, "dropped, and computed at each of the 5 steps"
-
-
-@pytest.mark.parametrize("layer, settings", [
-    (TemporalSSM, {}), (model.TemporalGSS, {}), (model.TemporalMamba, {}), (model.TemporalMamba, {"ssm": "s6"})])
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("positions", [1, 3])  # on a side: by FFT, by Toeplitz matrix
-def test_which_frames_a_frame_sees(layer, settings, bidirectional, positions):
-    layer = randomise(layer(4, state_size=8, bidirectional=bidirectional, **settings)).double()
-    x = torch.randn(1, 7, positions, positions, 4, dtype=torch.float64, requires_grad=True)
-    for frame in range(7):
-        [gradient] = torch.autograd.grad(layer(x)[:, frame, 0, 0].square().sum(), x)
-        seen = gradient.abs().amax(dim=(0, 4))                                                      # f h w
-        assert (seen[:frame + 1, 0, 0] > 1e-12).all(), "the past"
-        later = seen[frame + 1:, 0, 0]
-        assert (later > 1e-12).all() if bidirectional else (later < 1e-14).all(), "the future"
-        seen[:, 0, 0] = 0
-        assert not (seen > 1e-14).any(), "other positions"
 
 
 def selective_recurrence(u, dt, A, B, C, D, reverse=False):
@@ -444,8 +427,8 @@ def restore_tails(monkeypatch):
 
 def test_compiled_tails(restore_tails):
     """With a backend that traces forward and backward pass but writes no kernels, which on a CPU would take minutes."""
-    net = randomise(UNet3D(UNetConfig(**TINY)))
-    x, t = torch.randn(1, 3, 5, 8, 8), torch.tensor([3])
+    net = randomise(UNet3D(UNetConfig(**TINY | {"channel_mults": (1,)})))
+    x, t = torch.randn(1, 3, 5, 4, 4), torch.tensor([3])
     plain = gradients(net, x, t, enabled=False)
     model.compile_tails(backend="aot_eager")
     torch._dynamo.utils.counters.clear()
@@ -456,23 +439,23 @@ def test_compiled_tails(restore_tails):
 
 
 def test_bfloat16_training_tracks_float32():
-    phase = torch.arange(4.0).view(-1, 1, 1, 1, 1) + torch.arange(8.0).view(1, 1, -1, 1, 1) / 3
-    x_0 = torch.sin(phase + torch.arange(8.0) / 2).expand(4, 3, 8, 8, 8).contiguous()  # waves that wander
-    losses = {}
-    for precision in ("float32", "bf16"):
+    phase = torch.arange(4.0).view(-1, 1, 1, 1, 1) + torch.arange(4.0).view(1, 1, -1, 1, 1) / 3
+    x_0 = torch.sin(phase + torch.arange(4.0) / 2).expand(4, 3, 4, 4, 4).contiguous()  # waves that wander
+    losses = []
+    for bf16 in (False, True):
         torch.manual_seed(0)
-        net, process, losses[precision] = UNet3D(UNetConfig(**TINY)), Diffusion(64), []
-        optimizer = torch.optim.Adam(net.parameters(), lr=2e-3, fused=True)
-        for step in range(40):
+        net, process = UNet3D(UNetConfig(**TINY)), Diffusion(64)
+        optimizer = torch.optim.Adam(net.parameters(), lr=4e-3)
+        for step in range(24):
             t, noise = training_noise(x_0.shape[1:], 0, step, range(4), process.T)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = process.loss(net, x_0, t, noise).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses[precision].append(loss.item())
-    ours, plain = np.array(losses["bf16"]), np.array(losses["float32"])
-    assert plain[-10:].mean() < plain[:10].mean() * 0.8
+            losses.append(loss.item())
+    plain, ours = np.array(losses).reshape(2, -1)
+    assert plain[-6:].mean() < plain[:6].mean() * 0.8
     assert np.abs(ours / plain - 1).max() < 0.03
 
 
