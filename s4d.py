@@ -242,7 +242,9 @@ def convolve(u, ssms):
     """K * u + D u of the same u (b, L, ..., d), for each of `ssms` -> list of tensors of u's shape."""
     K = torch.stack([ssm.impulse_response(u.shape[1]) for ssm in ssms])                     # k d L
     videos = u.reshape(*u.shape[:2], -1, u.shape[-1])                                       # b L p d
-    by = toeplitz_conv if choose_toeplitz(u.shape[1], videos.shape[2], u.device) else fft_conv
+    # A GPU's matrix units make the Toeplitz matrix cheap; on a CPU it pays if frames are no more than positions. Never
+    # chosen by the batch: a video comes out the same whatever else is in it.
+    by = toeplitz_conv if u.shape[1] <= (min(videos.shape[2], 1024) if u.device.type == "cpu" else 1024) else fft_conv
     return [y.reshape(u.shape) for y in by(videos, K, [ssm.reverse for ssm in ssms])]
 
 
@@ -261,15 +263,6 @@ def kernels_once(net, L):
     finally:
         for ssm in ssms:
             ssm.kept = None
-
-
-def choose_toeplitz(L, positions, device):
-    """Whether `toeplitz_conv` is to be used for videos of L frames with so many positions, or `fft_conv`.
-
-    It is up to 1,024 frames on a GPU, whose matrix units make it cheap; on a CPU only if there are also no more frames
-    than positions. Never by the batch: a video comes out the same whatever else is in it.
-    """
-    return L <= (min(positions, 1024) if device.type == "cpu" else 1024)
 
 
 def toeplitz_conv(u, K, reverse):
@@ -330,8 +323,8 @@ class S6(nn.Module):
         h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k u_k,   y_k = C_k h_k + D u_k,   A = -exp(A_log)
 
     d: channels. state_size: N. dt_rank: through how many numbers Δ is made. dt_min, dt_max: see `S4DKernel`.
-    forward: u (b, L, ..., d) -> the same shape. By the kernel of the package mamba-ssm, if installed, for u on CUDA;
-    else by a loop over the frames, in chunks: the states of all positions, N times u, never exist at once.
+    forward: u (b, L, ..., d) -> the same shape. On CUDA by the kernel of the package mamba-ssm, if installed; else by a
+    loop over the frames, in chunks: the states of all positions, N times u, never exist at once.
     """
 
     def __init__(self, d, state_size=16, dt_rank=1, reverse=False, dt_min=1e-3, dt_max=1e-1):

@@ -235,20 +235,23 @@ def test_reference_schedule():
 # ------------------------------------------------------------------------------------------------ s4d
 
 
+def states(a, b, reverse):
+    """h_k = a_k h_{k-1} + b_k, or backward in time, step by step; a, b: (p, L, d, n) -> h, the same."""
+    h, hs = torch.zeros_like(b[:, 0]), {}
+    steps = range(b.shape[1])
+    for k in reversed(steps) if reverse else steps:
+        hs[k] = h = a[:, k] * h + b[:, k]
+    return torch.stack([hs[k] for k in steps], 1)
+
+
 def recurrence(ssm, u):
-    """s_k = Ā s_{k-1} + B̄ u_k, y_k = 2 Re(C s_k) + D u_k, step by step. u: (p, L, d) -> (p, L, d)."""
+    """s_k = Ā s_{k-1} + B̄ u_k, y_k = 2 Re(C s_k) + D u_k; u: (p, L, d) -> (p, L, d)."""
     kernel = ssm.kernel
     A = torch.complex(-kernel.log_A_real.exp(), kernel.A_imag)
     A_bar = torch.exp(kernel.log_dt.exp()[:, None] * A)
     B_bar = (A_bar - 1) / A
-    C = torch.view_as_complex(kernel.C)
-    s = torch.zeros(len(u), *A.shape, dtype=A.dtype)                                                # p d n
-    steps = range(u.shape[1])
-    ys = {}
-    for k in reversed(steps) if ssm.reverse else steps:
-        s = A_bar * s + B_bar * u[:, k, :, None]
-        ys[k] = 2 * torch.einsum("dn,pdn->pd", C, s).real + ssm.D * u[:, k]
-    return torch.stack([ys[k] for k in steps], 1)
+    s = states(A_bar.expand(*u.shape, -1), B_bar * u[..., None], ssm.reverse)                       # p L d n
+    return 2 * (torch.view_as_complex(kernel.C) * s).sum(-1).real + ssm.D * u
 
 
 @pytest.mark.parametrize("L", [1, 2, 16, 64, 200, 400])
@@ -353,16 +356,9 @@ def test_kernels_are_computed_once_for_all_sampling_steps(monkeypatch):
 
 
 def selective_recurrence(u, dt, A, B, C, D, reverse=False):
-    """h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k u_k, y_k = C_k h_k + D u_k, step by step -> (p, L, d).
-
-    u, dt: (p, L, d), A: (d, N), B, C: (p, L, N), D: (d,).
-    """
-    h, ys = torch.zeros(len(u), *A.shape, dtype=u.dtype), {}                                        # p d N
-    steps = range(u.shape[1])
-    for k in reversed(steps) if reverse else steps:
-        h = torch.exp(dt[:, k, :, None] * A) * h + (dt * u)[:, k, :, None] * B[:, k, None]
-        ys[k] = (h * C[:, k, None]).sum(-1) + D * u[:, k]
-    return torch.stack([ys[k] for k in steps], 1)
+    """h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k u_k, y_k = C_k h_k + D u_k; u, dt: (p, L, d), A: (d, N), B, C: (p, L, N)."""
+    h = states(torch.exp(dt[..., None] * A), (dt * u)[..., None] * B[:, :, None], reverse)          # p L d N
+    return (h * C[:, :, None]).sum(-1) + D * u
 
 
 @pytest.mark.parametrize("L", [1, 2, 33])
