@@ -151,10 +151,8 @@ def by_rows(function, *tensors):
 
 
 def by_positions(function, X, size, kept=3):
-    """function(X), in chunks of `size` positions (None: of all), of X (b, f, ..., c) to a tensor of X's shape.
-
-    function: (p, f, c) -> (p, f, c), where each position's sequence stands alone. kept: see `in_chunks`.
-    """
+    """X (b, f, ..., c) -> the same shape, by a function (p, f, c) -> (p, f, c) in which each position stands alone, in
+    chunks of `size` positions (None: all at once). kept: see `in_chunks`."""
     sequences = X.reshape(*X.shape[:2], -1, X.shape[-1]).transpose(1, 2).flatten(0, 1)      # p f c
     out = in_chunks(function, sequences, size=size, kept=kept) if size else function(sequences)
     return out.unflatten(0, (len(X), -1)).transpose(1, 2).reshape(X.shape)
@@ -251,9 +249,7 @@ def convolve(u, ssms):
 @contextlib.contextmanager
 def kernels_once(net, L):
     """In this context every SSM inside `net` computes its kernel for L frames once, not in every call: for sampling.
-
-    Re-enter it after an optimiser step. Where gradients of the parameters are asked for, the kernels are not used.
-    """
+    Re-enter it after an optimiser step. Where gradients of the parameters are asked for, the kernels are not used."""
     ssms = [module for module in net.modules() if isinstance(module, DiagonalSSM)]
     try:
         with torch.no_grad():
@@ -341,11 +337,10 @@ class S6(nn.Module):
 
     def forward(self, u):
         u = u.flip(1) if self.reverse else u
-        if u.is_cuda and fused_selective_scan():
-            y = by_positions(self.fused, u, size=None)
-        else:
-            numbers = 2 ** 19 if u.device.type == "cpu" else 2 ** 25  # in the states that exist at once
-            y = by_positions(self.scan, u, size=max(1, numbers // (self.A_log.numel() * u.shape[1])))
+        fused = u.is_cuda and fused_selective_scan()
+        numbers = 2 ** 19 if u.device.type == "cpu" else 2 ** 25  # in the states that exist at once
+        size = None if fused else max(1, numbers // (self.A_log.numel() * u.shape[1]))
+        y = by_positions(self.fused if fused else self.scan, u, size)
         return y.flip(1) if self.reverse else y
 
     def scan(self, u):
