@@ -179,10 +179,12 @@ class S4DKernel(nn.Module):
         self.log_A_real = nn.Parameter(torch.full((d, pairs), math.log(0.5)))
         self.A_imag = nn.Parameter(math.pi * torch.arange(pairs).float().repeat(d, 1))
 
-    def forward(self, L):
-        """L: length in frames -> K (d, L), float32 under autocast too (float64 for float64 parameters)."""
+    def forward(self, L, *others):
+        """L: length in frames -> K (d, L), float32 under autocast too (float64 for float64 parameters); below it that of
+        the `others`, of the same state size: computed together they take no more operations than one."""
         with autocast_off(self.C.device):
-            log_dt, C, log_A_real, A_imag = map(at_least_float32, (self.log_dt, self.C, self.log_A_real, self.A_imag))
+            log_dt, C, log_A_real, A_imag = (at_least_float32(torch.cat(parts)) for parts in zip(
+                *((kernel.log_dt, kernel.C, kernel.log_A_real, kernel.A_imag) for kernel in (self, *others))))
             A = torch.complex(-log_A_real.exp(), A_imag)                                    # d n
             dtA = log_dt.exp()[:, None] * A                                                 # d n
             CB = 2 * torch.view_as_complex(C) * torch.expm1(dtA) / A                        # d n   2 C B̄
@@ -214,12 +216,14 @@ class DiagonalSSM(nn.Module):
         self.D = nn.Parameter(torch.randn(d))
         self.kept = None  # an impulse response, see `kernels_once`
 
-    def impulse_response(self, L):
-        """-> K (d, L) with D added at lag 0, so that the convolution with it is K * u + D u."""
+    def impulse_response(self, L, *others):
+        """-> (k, d, L), K of this SSM and k - 1 others with D added at lag 0: convolution with it is K * u + D u."""
+        ssms = self, *others
         if self.kept is not None and self.kept.shape[1] == L and not (torch.is_grad_enabled() and self.D.requires_grad):
-            return self.kept
-        K = self.kernel(L)
-        return torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], 1)
+            return torch.stack([ssm.kept for ssm in ssms])
+        K = self.kernel(L, *(ssm.kernel for ssm in others)).view(len(ssms), -1, L)
+        D = torch.stack([ssm.D for ssm in ssms])[..., None]
+        return torch.cat([K[..., :1] + D, K[..., 1:]], -1)
 
     def forward(self, u):
         return convolve(u, [self])[0]
@@ -238,7 +242,7 @@ class S4D(DiagonalSSM):
 
 def convolve(u, ssms):
     """K * u + D u of the same u (b, L, ..., d), for each of `ssms` -> list of tensors of u's shape."""
-    K = torch.stack([ssm.impulse_response(u.shape[1]) for ssm in ssms])                     # k d L
+    K = ssms[0].impulse_response(u.shape[1], *ssms[1:])                                     # k d L
     videos = u.reshape(*u.shape[:2], -1, u.shape[-1])                                       # b L p d
     # A GPU's matrix units make the Toeplitz matrix cheap; on a CPU it pays if frames are no more than positions. Never
     # chosen by the batch: a video comes out the same whatever else is in it.
@@ -254,7 +258,7 @@ def kernels_once(net, L):
     try:
         with torch.no_grad():
             for ssm in ssms:
-                ssm.kept = ssm.impulse_response(L)
+                [ssm.kept] = ssm.impulse_response(L)
         yield
     finally:
         for ssm in ssms:

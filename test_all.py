@@ -261,7 +261,7 @@ def test_s4d_is_the_state_recurrence(L, reverse):
     u = torch.randn(2, L, 3, dtype=torch.float64, requires_grad=True)
     expected = recurrence(ssm, u)
     assert relative(ssm(u), F.glu(ssm.output_linear(F.gelu(expected)))) < 1e-10
-    K = ssm.impulse_response(L)[None]
+    K = ssm.impulse_response(L)
     for conv in (s4d.toeplitz_conv, s4d.fft_conv):
         [y] = conv(u[:, :, None], K, [reverse])
         assert_same_function(y[:, :, 0], expected, [u, *ssm.kernel.parameters(), ssm.D])
@@ -343,7 +343,8 @@ def test_memory_of_attention_against_frames(impl, power):
 
 def test_kernels_are_computed_once_for_all_sampling_steps(monkeypatch):
     net, calls, forward = UNet3D(UNetConfig(**TINY)), [], S4DKernel.forward
-    monkeypatch.setattr(S4DKernel, "forward", lambda self, L: calls.append(self) or forward(self, L))
+    monkeypatch.setattr(S4DKernel, "forward", lambda self, L, *others: calls.extend([self, *others])
+                        or forward(self, L, *others))
 
     def sampled():
         return Diffusion(5).sample(net, (1, 3, 6, 8, 8), sample_generators(0, [0]))
