@@ -124,11 +124,11 @@ def chunk_size(device):
     return 2 ** 12 if device.type == "cpu" else 2 ** 19
 
 
-def in_chunks(function, *tensors, size, kept=3):
+def in_chunks(function, *tensors, size, kept=2):
     """function(*tensors), computed for `size` entries of the first axis at a time; it must treat each of them alone.
 
     All chunks, on a CPU all but `kept`, are `recomputed`: a hidden layer much wider than the input never exists whole,
-    and memory grows evenly with the frames. (Of three or fewer a CPU has the memory, and short clips are faster so.)
+    and memory grows evenly with the frames. (On a CPU the first two cost little memory and make short clips faster.)
     """
     kept = kept if tensors[0].device.type == "cpu" else 0
     parts = zip(*(tensor.split(size) for tensor in tensors))
@@ -150,7 +150,7 @@ def by_rows(function, *tensors):
     return out.view(*tensors[0].shape[:-1], -1)
 
 
-def by_positions(function, X, size, kept=3):
+def by_positions(function, X, size, kept=2):
     """X (b, f, ..., c) -> the same shape, by a function (p, f, c) -> (p, f, c) in which each position stands alone, in
     chunks of `size` positions (None: all at once). kept: see `in_chunks`."""
     sequences = X.reshape(*X.shape[:2], -1, X.shape[-1]).transpose(1, 2).flatten(0, 1)      # p f c
@@ -181,7 +181,7 @@ class S4DKernel(nn.Module):
 
     def forward(self, L, *others):
         """L: length in frames -> K (d, L), float32 under autocast too (float64 for float64 parameters); below it that of
-        the `others`, of the same state size: computed together they take no more operations than one."""
+        the `others`, of the same state size: together they take no more operations than one."""
         with autocast_off(self.C.device):
             log_dt, C, log_A_real, A_imag = (at_least_float32(torch.cat(parts)) for parts in zip(
                 *((kernel.log_dt, kernel.C, kernel.log_A_real, kernel.A_imag) for kernel in (self, *others))))
