@@ -127,8 +127,8 @@ def chunk_size(device):
 def in_chunks(function, *tensors, size, kept=2):
     """function(*tensors), computed for `size` entries of the first axis at a time; it must treat each of them alone.
 
-    All chunks, on a CPU all but `kept`, are `recomputed`: a hidden layer much wider than the input never exists whole,
-    and memory grows evenly with the frames. (On a CPU the first two cost little memory and make short clips faster.)
+    All chunks, on a CPU but the first `kept`, are `recomputed`: a hidden layer much wider than the input never exists
+    whole, and memory grows evenly with the frames. (Those two cost a CPU little memory and make short clips faster.)
     """
     kept = kept if tensors[0].device.type == "cpu" else 0
     parts = zip(*(tensor.split(size) for tensor in tensors))
@@ -180,8 +180,8 @@ class S4DKernel(nn.Module):
         self.A_imag = nn.Parameter(math.pi * torch.arange(pairs).float().repeat(d, 1))
 
     def forward(self, L, *others):
-        """L: length in frames -> K (d, L), float32 under autocast too (float64 for float64 parameters); below it that of
-        the `others`, of the same state size: together they take no more operations than one."""
+        """L: length in frames -> K (d, L), float32 under autocast too (float64 for float64 parameters); below it that
+        of the `others`, of the same state size: together they take no more operations than one."""
         with autocast_off(self.C.device):
             log_dt, C, log_A_real, A_imag = (at_least_float32(torch.cat(parts)) for parts in zip(
                 *((kernel.log_dt, kernel.C, kernel.log_A_real, kernel.A_imag) for kernel in (self, *others))))
