@@ -47,7 +47,7 @@ import model
 from command import Parser, autocast, choose_device, peak_memory, positive_float, positive_int, run, whole_file
 from diffusion import Diffusion, sample_generators
 from model import TEMPORAL_LAYERS, UNet3D, UNetConfig, count_parameters, rotary_embedding
-from s4d import TemporalSSM, kernels_once
+from s4d import TemporalSSM, cached_kernels
 from train import step_memory
 
 COLUMNS = "M parameters", "seconds", "GB", "utilisation, %", "ratio of seconds", "ratio of GB"
@@ -187,7 +187,7 @@ def measure(row, args, device):
         optimizer.zero_grad()
 
     times, before = [], 0 if device.type == "cuda" else peak_memory(device)
-    with kernels_once(net, row.frames):  # neither training nor the textbook uses them
+    with cached_kernels(net, row.frames):  # neither training nor the textbook uses them
         for _ in range(1 + args.repeats):
             start = time.perf_counter()
             step()

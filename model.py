@@ -25,7 +25,7 @@ from einops import rearrange
 
 import s4d
 from s4d import (S6, DiagonalSSM, TemporalSSM, at_least_float32, autocast_off, by_positions, by_rows, check_frames,
-                 chunk_size, in_chunks, layer_norm, recomputed)
+                 chunk_size, in_chunks, layer_norm, checkpointed)
 
 TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "gss", "mamba", "lstm", "none")
 SSMS = ("s4d", "s6")
@@ -106,7 +106,7 @@ class UNet3D(nn.Module):
 
     def forward(self, x, t, labels=None):
         self.check_shapes(x, t, labels)
-        run = recomputed if self.grad_checkpoint else nn.Module.__call__
+        run = checkpointed if self.grad_checkpoint else nn.Module.__call__
         temporal_args = () if self.position_bias is None else (self.position_bias(x.shape[2]),)  # (heads, f, f)
         time_embedding = self.time_mlp(sinusoidal_embedding(t, self.config.base_channels))  # b time_dim
         if self.class_embedding is not None:

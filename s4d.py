@@ -127,16 +127,16 @@ def chunk_size(device):
 def in_chunks(function, *tensors, size, kept=2):
     """function(*tensors), computed for `size` entries of the first axis at a time; it must treat each of them alone.
 
-    All chunks, on a CPU but the first `kept`, are `recomputed`: a hidden layer much wider than the input never exists
+    All chunks, on a CPU but the first `kept`, are `checkpointed`: a hidden layer much wider than the input never exists
     whole, and memory grows evenly with the frames. (Those two cost a CPU little memory and make short clips faster.)
     """
     kept = kept if tensors[0].device.type == "cpu" else 0
     parts = zip(*(tensor.split(size) for tensor in tensors))
-    outs = [function(*part) if i < kept else recomputed(function, *part) for i, part in enumerate(parts)]
+    outs = [function(*part) if i < kept else checkpointed(function, *part) for i, part in enumerate(parts)]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def recomputed(function, *args):
+def checkpointed(function, *args):
     """function(*args), not random; what it computes on the way is not kept but computed again in the backward pass."""
     if not torch.is_grad_enabled():
         return function(*args)
@@ -214,7 +214,7 @@ class DiagonalSSM(nn.Module):
         self.reverse = reverse
         self.kernel = S4DKernel(d, state_size)
         self.D = nn.Parameter(torch.randn(d))
-        self.kept = None  # an impulse response, see `kernels_once`
+        self.kept = None  # an impulse response, see `cached_kernels`
 
     def impulse_response(self, L, *others):
         """-> (k, d, L), K of this SSM and k - 1 others with D added at lag 0: convolution with it is K * u + D u."""
@@ -251,7 +251,7 @@ def convolve(u, ssms):
 
 
 @contextlib.contextmanager
-def kernels_once(net, L):
+def cached_kernels(net, L):
     """In this context every SSM inside `net` computes its kernel for L frames once, not in every call: for sampling.
     Re-enter it after an optimiser step. Where gradients of the parameters are asked for, the kernels are not used."""
     ssms = [module for module in net.modules() if isinstance(module, DiagonalSSM)]

@@ -349,7 +349,7 @@ def test_kernels_are_computed_once_for_all_sampling_steps(monkeypatch):
     def sampled():
         return Diffusion(5).sample(net, (1, 3, 6, 8, 8), sample_generators(0, [0]))
 
-    with s4d.kernels_once(net, 6):
+    with s4d.cached_kernels(net, 6):
         once = sampled()
     kernels = len(calls)
     assert kernels == len(set(calls)) > 0

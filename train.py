@@ -46,7 +46,7 @@ from command import (LiveMemory, Parser, UserError, agree, autocast, choose_devi
 from data import DataError, MazeVideos, batches, class_names, open_videos, to_float
 from diffusion import PREDICTIONS, Diffusion, label_dropped, sample_generators, training_noise
 from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails, count_parameters
-from s4d import kernels_once
+from s4d import cached_kernels
 from sample import draw, load_checkpoint, save_gif
 
 PRESETS = {  # Table 5, a row per column; what all of them share are the defaults of the flags
@@ -234,7 +234,7 @@ def held_out_loss(net, diffusion, videos, args):
             denoiser = functools.partial(net, labels=label_numbers([label] * 4, args.classes, device))
             yield diffusion.loss(denoiser, x_0.expand_as(noise), t, noise, args.loss).tolist()
 
-    with autocast(device, args.precision), kernels_once(net, args.frames):
+    with autocast(device, args.precision), cached_kernels(net, args.frames):
         quartiles = torch.tensor(share_out(args.eval_clips, losses), device=device).mean(0).tolist()
     return {"held_out_loss": sum(quartiles) / 4, "held_out_quartiles": quartiles}
 
@@ -253,7 +253,7 @@ def draw_samples(net, diffusion, args, count):
             generators = sample_generators(args.seed, indices, device)
             yield from draw(net, sample, (3, args.frames, args.size, args.size), generators, labels)
 
-    with autocast(device, args.precision), kernels_once(net, args.frames):
+    with autocast(device, args.precision), cached_kernels(net, args.frames):
         return np.stack(share_out(count, samples))
 
 
