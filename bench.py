@@ -45,7 +45,7 @@ import train
 from command import (Parser, UserError, autocast, choose_device, choose_precision, peak_memory, positive_float,
                      positive_int, run, whole_file)
 from model import UNet3D, count_parameters
-from s4d import TemporalSSM, apply_mlp, kernels_once, weights
+from s4d import TemporalSSM, apply_mlp, cached_kernels, weights
 
 Row = namedtuple("Row", "what frames temporal form")  # form: "ours" or "textbook"
 COLUMNS = "M parameters", "seconds", "GB", "ms per frame", "MB per frame", "ratio of seconds", "ratio of GB"
@@ -166,7 +166,7 @@ def measure(row, args, flags):
             optimizer.zero_grad()
 
     times, before = [], 0 if device.type == "cuda" else peak_memory(device)
-    with kernels_once(net, row.frames):  # neither training nor the textbook uses them
+    with cached_kernels(net, row.frames):  # neither training nor the textbook uses them
         for _ in range(1 + flags.repeats):
             start = time.perf_counter()
             step()

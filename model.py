@@ -1,5 +1,6 @@
 """The 3D U-Net of Video Diffusion Models (Ho et al. 2022, arXiv 2204.03458) with an exchangeable temporal layer:
-bidirectional S4D (arXiv 2403.07711), what it is compared with (attention, linear attention, GSS, BiGS, Mamba), or none.
+bidirectional S4D (arXiv 2403.07711), what it is compared with (attention, linear attention, GSS, BiGS, Mamba, LSTM), or
+none.
 
     net = UNet3D(UNetConfig(temporal="ssm"))
     eps = net(torch.randn(2, 3, 16, 32, 32), torch.tensor([0, 255]))     # (b, c, f, h, w), (b,) -> (b, c, f, h, w)
@@ -23,10 +24,10 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import s4d
-from s4d import (S6, DiagonalSSM, TemporalSSM, at_least_float32, autocast_off, by_rows, check_frames, chunk_size,
-                 in_chunks, layer_norm, recomputed)
+from s4d import (S6, DiagonalSSM, TemporalSSM, at_least_float32, autocast_off, by_positions, by_rows, check_frames,
+                 checkpointed, chunk_size, in_chunks, layer_norm)
 
-TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "gss", "mamba", "none")
+TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "gss", "mamba", "lstm", "none")
 SSMS = ("s4d", "s6")
 ATTENTION_IMPLS = ("sdpa", "math")
 MAX_SEQUENCES = 2 ** 15  # per call of attention: its fused CUDA kernels fail beyond 65,535
@@ -35,7 +36,7 @@ MAX_LOGITS = 2 ** 29  # of temporal attention at once: the gradient of its bias 
 
 @dataclass
 class UNetConfig:
-    """Every architecture setting. The defaults are those of the paper's Table 5."""
+    """Every architecture setting. The defaults are those of the paper's Table 5. Raises ValueError."""
     temporal: str = "ssm"               # one of TEMPORAL_LAYERS
     video_channels: int = 3
     base_channels: int = 64
@@ -58,6 +59,9 @@ class UNetConfig:
             self.state_size = 16 if self.ssm == "s6" else 512
         if self.mlp_dim is None and self.temporal not in ("gss", "mamba"):
             self.mlp_dim = 512
+        for name, choices in [("temporal", TEMPORAL_LAYERS), ("ssm", SSMS), ("attention_impl", ATTENTION_IMPLS)]:
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
 
 
 # ---------------------------------------------------------------------------------------- the network
@@ -102,7 +106,7 @@ class UNet3D(nn.Module):
 
     def forward(self, x, t, labels=None):
         self.check_shapes(x, t, labels)
-        run = self.run
+        run = checkpointed if self.grad_checkpoint else nn.Module.__call__
         temporal_args = () if self.position_bias is None else (self.position_bias(x.shape[2]),)  # (heads, f, f)
         time_embedding = self.time_mlp(sinusoidal_embedding(t, self.config.base_channels))  # b time_dim
         if self.class_embedding is not None:
@@ -110,13 +114,13 @@ class UNet3D(nn.Module):
             time_embedding = time_embedding + self.class_embedding(labels)
 
         x = rearrange(x, "b c f h w -> b f h w c").contiguous()
-        x = by_frames(self.stem, x)                                                         # b f h w base
+        x = conv_per_frame(self.stem, x)                                                         # b f h w base
         x = stem = run(self.stem_temporal, x, *temporal_args)
         skips = []
         for level in self.down:
             x = level(x, time_embedding, temporal_args, run)                                # b f h w c
             skips.append(x)
-            x = by_frames(level.resample, x)                                                # b f h/2 w/2 c
+            x = conv_per_frame(level.resample, x)                                                # b f h/2 w/2 c
 
         x = run(self.mid_res1, x, time_embedding)
         x = run(self.mid_spatial, x)
@@ -126,13 +130,10 @@ class UNet3D(nn.Module):
         for level in self.up:
             x = torch.cat([x, skips.pop()], dim=-1)                                         # b f h w 2c
             x = level(x, time_embedding, temporal_args, run)                                # b f h w c/2
-            x = by_frames(level.resample, x)                                                # b f 2h 2w c/2
+            x = conv_per_frame(level.resample, x)                                                # b f 2h 2w c/2
 
         x = run(self.final_res, torch.cat([x, stem], dim=-1))                               # b f h w base
         return rearrange(self.final_conv(x), "b f h w c -> b c f h w").contiguous()         # b video_channels f h w
-
-    def run(self, block, *args):
-        return recomputed(block, *args) if self.grad_checkpoint else block(*args)
 
     def check_shapes(self, x, t, labels):
         channels, factor = self.config.video_channels, 2 ** len(self.down) // 2
@@ -147,11 +148,8 @@ class UNet3D(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the U-Net: two ResNet blocks, spatial linear attention, temporal layer; then `resample`,
-    which the network calls itself, since the skip connection is taken before it.
-
-    resample: the class of the convolution that halves or doubles height and width; None: they stay.
-    """
+    """One resolution of the U-Net: two ResNet blocks, spatial linear attention, temporal layer. The network calls its
+    `resample`, a convolution that halves or doubles height and width, since the skip connection is taken before it."""
 
     def __init__(self, config, c_in, c_out, resample=None):
         super().__init__()
@@ -179,8 +177,8 @@ def sinusoidal_embedding(t, dim):
 def compile_tails(backend="inductor"):
     """Compile the functions that hold the elementwise work of all networks; once per process, before their first step.
 
-    (Whole networks, whose chunks unroll, would take many minutes.) A function that cannot be compiled, or comes in more
-    than 64 shapes, raises an error of torch._dynamo: it never falls back to eager execution unnoticed.
+    (Whole networks would take many minutes.) One that does not compile, or has over 64 shapes, raises torch._dynamo's
+    error instead of falling back to eager execution.
     """
     import torch._dynamo.config as dynamo
     dynamo.cache_size_limit, dynamo.fail_on_cache_limit_hit = 64, True  # aliases of later names
@@ -206,9 +204,7 @@ class ResNetBlock(nn.Module):
         self.shortcut = nn.Linear(c_in, c_out) if c_in != c_out else nn.Identity()
 
     def forward(self, x, time_embedding=None):
-        scale_shift = ()
-        if self.to_scale_shift is not None:
-            scale_shift = self.to_scale_shift(F.silu(time_embedding)).chunk(2, dim=-1)      # b c_out each
+        scale_shift = self.to_scale_shift(F.silu(time_embedding)).chunk(2, -1) if self.to_scale_shift else ()
         return self.block2(self.block1(x, *scale_shift)) + self.shortcut(x)
 
 
@@ -221,10 +217,11 @@ class Block(nn.Module):
         self.norm = nn.GroupNorm(groups, c_out)
 
     def forward(self, x, scale=None, shift=None):
-        return norm_act(by_frames(self.conv, x), self.norm.weight, self.norm.bias, self.norm.num_groups, scale, shift)
+        norm = self.norm
+        return norm_act(conv_per_frame(self.conv, x), norm.weight, norm.bias, norm.num_groups, scale, shift)
 
 
-def by_frames(conv, x):
+def conv_per_frame(conv, x):
     """A Conv2d of each frame alone, channels last: (b, f, h, w, c) -> (b, f, h', w', c')."""
     if x.device.type == "cpu" and x.shape[2] * x.shape[3] <= 16 and isinstance(conv, nn.Conv2d):
         # frames so small as one volume, channels first: oneDNN is up to twice as fast
@@ -243,7 +240,7 @@ def norm_act(x, weight, bias, groups, scale=None, shift=None):
 
 
 def native_group_norm(x, weight, bias, groups, scale, shift):
-    """For CPUs; on a GPU it would leave all the frames of a group to one block of threads."""
+    """For CPUs, a third faster there; on a GPU it would leave all the frames of a group to one block of threads."""
     y = F.group_norm(x.flatten(1, 2).permute(0, 3, 1, 2), groups, weight, bias)             # b c f·h w
     y = y.permute(0, 2, 3, 1).reshape(x.shape)
     return y if scale is None else torch.addcmul(shift[:, None, None, None], y, scale[:, None, None, None] + 1)
@@ -265,15 +262,29 @@ def framewise_group_norm(x, weight, bias, groups, scale, shift, eps=1e-5):
     return torch.addcmul(offset, x, gain)
 
 
-class SpatialLinearAttention(nn.Module):
-    """Linear attention (Shen et al. 2018) over the positions of each frame, pre-norm, residual."""
+class Attention(nn.Module):
+    """What every attention has: a norm before it, queries, keys and values without biases, several heads."""
+    output_bias = False
 
-    def __init__(self, channels, heads, head_dim=32, bias=True):
+    def __init__(self, channels, heads, head_dim=32):
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(channels, bias=False)
         self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, channels, bias=bias)
+        self.to_out = nn.Linear(heads * head_dim, channels, bias=self.output_bias)
+
+    def qkv(self, x):
+        """(n, p, c) -> q, k, v (n, heads, p, d) each."""
+        return (rearrange(part, "n p (heads d) -> n heads p d", heads=self.heads)
+                for part in self.to_qkv(layer_norm(x, self.norm.weight)).chunk(3, dim=-1))
+
+    def output(self, out):
+        """(n, heads, p, d) -> (n, p, c)."""
+        return self.to_out(rearrange(out, "n heads p d -> n p (heads d)"))
+
+
+class SpatialAttention(Attention):
+    """Full attention over the positions of each frame, residual."""
 
     def forward(self, x):
         frames = rearrange(x, "b f h w c -> (b f) (h w) c")
@@ -282,6 +293,14 @@ class SpatialLinearAttention(nn.Module):
 
     def attend(self, x):
         """x: n frames of p positions, (n, p, c) -> (n, p, c)."""
+        return x + self.output(F.scaled_dot_product_attention(*self.qkv(x)))
+
+
+class SpatialLinearAttention(SpatialAttention):
+    """Linear attention (Shen et al. 2018) over the positions of each frame, residual."""
+    output_bias = True
+
+    def attend(self, x):
         out = self.to_out
         return linear_attention(x, self.norm.weight, self.to_qkv.weight, out.weight, out.bias, self.heads)
 
@@ -301,24 +320,11 @@ def linear_attention(x, norm, to_qkv, to_out, bias, heads):
     return x + torch.baddbmm(bias, q.flatten(2), matrix)
 
 
-class SpatialAttention(SpatialLinearAttention):
-    """Full attention over the positions of each frame, pre-norm, residual, no biases."""
-
-    def __init__(self, channels, heads):
-        super().__init__(channels, heads, bias=False)
-
-    def attend(self, x):
-        q, k, v = (rearrange(part, "n p (heads d) -> n heads p d", heads=self.heads)
-                   for part in self.to_qkv(layer_norm(x, self.norm.weight)).chunk(3, dim=-1))
-        out = F.scaled_dot_product_attention(q, k, v)                                       # n heads p d
-        return x + self.to_out(rearrange(out, "n heads p d -> n p (heads d)"))
-
-
 # ---------------------------------------------------------------------------------------- temporal layers
 
 
 def make_temporal_layer(config, channels):
-    """The temporal layer that config.temporal names: (b, f, ..., channels) -> the same. Raises ValueError."""
+    """The temporal layer that config.temporal names: (b, f, ..., channels) -> the same."""
     if config.temporal == "ssm":
         return TemporalSSM(channels, config.state_size, config.mlp_dim, config.mlp_layers, config.mlp_position,
                            config.bidirectional, config.skip)
@@ -330,52 +336,42 @@ def make_temporal_layer(config, channels):
         return TemporalGSS(channels, config.state_size, config.mlp_dim, config.bidirectional)
     if config.temporal == "mamba":
         return TemporalMamba(channels, config.state_size, config.mlp_dim, config.bidirectional, config.ssm)
-    if config.temporal == "none":
-        return nn.Identity()
-    raise ValueError(f"temporal layer is {config.temporal!r}; expected one of {', '.join(TEMPORAL_LAYERS)}")
+    if config.temporal == "lstm":
+        return TemporalLSTM(channels, config.heads * config.head_dim, config.bidirectional)
+    return nn.Identity()
 
 
-class TemporalAttention(nn.Module):
-    """Attention over the frames at each position, as in VDM: pre-norm, residual, rotary, relative bias, no biases.
+class TemporalAttention(Attention):
+    """Attention over the frames at each position, as in VDM: residual, rotary embedding, relative position bias.
 
     head_dim: even. forward: X (b, f, ..., c), bias (heads, f, f) -> the shape of X.
     impl: "sdpa", PyTorch's fused attention (a CPU has none in training, where the bias needs a gradient) on some
         positions at a time, recomputed in the backward pass: memory is linear in the frames, in training too. (The
-        kernel alone would not do: the gradient of the bias exists for every logit, (p, heads, f, f), of the positions
-        that are treated at once.)
+        kernel alone would not do: the bias has a gradient for every logit of the positions treated at once.)
         "math", the formula with all logits kept: the memory that the paper reports, quadratic in the frames.
     """
 
     def __init__(self, channels, heads, head_dim, impl="sdpa"):
-        super().__init__()
+        super().__init__(channels, heads, head_dim)
         if head_dim % 2:
             raise ValueError(f"head_dim is {head_dim}; expected an even number: the rotary embedding turns pairs")
-        if impl not in ATTENTION_IMPLS:
-            raise ValueError(f"attention_impl is {impl!r}; expected one of {', '.join(ATTENTION_IMPLS)}")
-        self.heads, self.impl = heads, impl
-        self.norm = nn.LayerNorm(channels, bias=False)
-        self.to_qkv = nn.Linear(channels, 3 * heads * head_dim, bias=False)
-        self.to_out = nn.Linear(heads * head_dim, channels, bias=False)
+        self.impl = impl
         rotary_dim = min(32, head_dim)  # only the first 32 features are rotated
         freqs = 10_000 ** (-torch.arange(0, rotary_dim, 2).float() / rotary_dim)            # angle per frame
         self.register_buffer("rotary_freqs", freqs, persistent=False)
 
     def forward(self, X, bias=None):
         check_frames(X, self.norm)
-        b, f, c = X.shape[0], X.shape[1], X.shape[-1]
-        x = X.reshape(b, f, -1, c).transpose(1, 2).flatten(0, 1)                            # p f c
-        size = max(1, min(MAX_SEQUENCES, chunk_size(x.device) // f, MAX_LOGITS // (self.heads * f * f)))
+        f = X.shape[1]
+        size = max(1, min(MAX_SEQUENCES, chunk_size(X.device) // f, MAX_LOGITS // (self.heads * f * f)))
         attend = functools.partial(self.attend, bias=bias)
-        x = attend(x) if self.impl == "math" else in_chunks(attend, x, size=size)
-        return X + x.unflatten(0, (b, -1)).transpose(1, 2).reshape(X.shape)
+        return X + by_positions(attend, X, size=None if self.impl == "math" else size)
 
     def attend(self, x, bias):
         """Everything but the residual; x: (p, f, c) -> (p, f, c)."""
-        q, k, v = (rearrange(part, "p f (heads d) -> p heads f d", heads=self.heads)
-                   for part in self.to_qkv(layer_norm(x, self.norm.weight)).chunk(3, dim=-1))
+        q, k, v = self.qkv(x)                                                               # p heads f d
         q, k = rotary_embedding(q, self.rotary_freqs), rotary_embedding(k, self.rotary_freqs)
-        out = self.attention(q, k, v, bias)                                                 # p heads f d
-        return self.to_out(rearrange(out, "p heads f d -> p f (heads d)"))
+        return self.output(self.attention(q, k, v, bias))
 
     def attention(self, q, k, v, bias):
         """q, k, v: (p, heads, f, d) -> (p, heads, f, d)."""
@@ -404,10 +400,9 @@ def rotary_embedding(x, freqs):
 
 
 class RelativePositionBias(nn.Module):
-    """T5's bidirectional relative position bias (Raffel et al. 2020): one learned number per bucket and head.
+    """T5's relative position bias (Raffel et al. 2020), one learned number per bucket and head: 16 buckets for the past
+    and 16 for the future, of one distance each below 8, then logarithmically wider, the last from 32 frames on.
 
-    Of 32 buckets half are for the past, half for the future; distances below 8 have a bucket each, larger ones share
-    logarithmically wider buckets, and all from 32 on share the last.
     forward: f frames -> bias (heads, f, f), added to the attention logits of query frame i and key frame j.
     """
 
@@ -422,6 +417,32 @@ class RelativePositionBias(nn.Module):
         far = 8 + (torch.log(distance.clamp(min=1).float() / 8) / math.log(32 / 8) * 8).long()
         bucket = torch.where(distance < 8, distance, far.clamp(max=15))
         return rearrange(self.table(bucket + 16 * (offset > 0)), "i j heads -> heads i j")
+
+
+class TemporalLSTM(nn.Module):
+    """The recurrent layer of Table 1, at each position: X + Linear(GELU(LSTM(LayerNorm(X)))).
+
+    hidden: width of each direction. bidirectional: False leaves the backward one out, and the layer is causal.
+    forward: X (b, f, ..., c) -> the same shape.
+    """
+
+    def __init__(self, channels, hidden, bidirectional=True):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, bias=False)
+        self.lstm = nn.LSTM(channels, hidden, batch_first=True, bidirectional=bidirectional)
+        self.out = nn.Linear((1 + bidirectional) * hidden, channels)
+
+    def forward(self, X):
+        check_frames(X, self.norm)
+        # 32: fewer sequences would leave too little for the matrix product of each frame
+        return X + by_positions(self.recur, X, size=max(32, chunk_size(X.device) // X.shape[1]), kept=0)
+
+    def recur(self, x):
+        """x: (p, f, c) -> (p, f, c); the recurrence itself in the precision of its weights."""
+        with autocast_off(x.device):
+            H = layer_norm(x, self.norm.weight).to(self.lstm.weight_hh_l0.dtype)
+            states = self.lstm(H)[0]                                                        # p f hidden
+        return self.out(F.gelu(states.to(x.dtype)))
 
 
 class TemporalGSS(nn.Module):
@@ -471,13 +492,11 @@ class TemporalMamba(nn.Module):
         O = W_out ((F + B) · SiLU(G)) + X
 
     mlp_dim: hidden width of an MLP, Linear, SiLU, Linear, in the place of W_out; None: without.
-    ssm: "s4d", as in the paper, or "s6", Mamba's own; another raises ValueError. The rest as in `TemporalGSS`.
+    ssm: "s4d", as in the paper, or "s6", Mamba's own. The rest as in `TemporalGSS`.
     """
 
     def __init__(self, channels, state_size=512, mlp_dim=None, bidirectional=True, ssm="s4d"):
         super().__init__()
-        if ssm not in SSMS:
-            raise ValueError(f"ssm is {ssm!r}; expected one of {', '.join(SSMS)}")
         width, reverses = 2 * channels, [False, True] if bidirectional else [False]
         self.norm = nn.LayerNorm(channels, bias=False)
         self.to_input = nn.Linear(channels, width)

@@ -124,28 +124,28 @@ def chunk_size(device):
     return 2 ** 12 if device.type == "cpu" else 2 ** 19
 
 
-def in_chunks(function, *tensors, size):
+def in_chunks(function, *tensors, size, kept=2):
     """function(*tensors), computed for `size` entries of the first axis at a time; it must treat each of them alone.
 
-    All but the first few chunks are `recomputed`: a hidden layer much wider than the input never exists whole, and
-    memory grows evenly with the frames. (On a CPU those first two cost little memory and make short clips faster.)
+    All chunks, on a CPU but the first `kept`, are `checkpointed`: a hidden layer much wider than the input never exists
+    whole, and memory grows evenly with the frames. (Those two cost a CPU little memory and make short clips faster.)
     """
-    kept = 2 if tensors[0].device.type == "cpu" else 0
+    kept = kept if tensors[0].device.type == "cpu" else 0
     sizes = [len(part) for part in tensors[0].split(size)]
-    if without_data(tensors[0]):  # a few larger chunks tell nearly the same, in much less time
+    if without_data(tensors[0]):  # eight larger chunks at most: memory is counted nearly as well, in far less time
         rest = sum(sizes[kept:])
-        sizes = sizes[:kept] + [math.ceil((rest - i) / 8) for i in range(8) if rest > i]
+        sizes = sizes[:kept] + [math.ceil((rest - i) / 8) for i in range(min(8, rest))]
     parts = zip(*(tensor.split(sizes) for tensor in tensors))
-    outs = [function(*part) if i < kept else recomputed(function, *part) for i, part in enumerate(parts)]
+    outs = [function(*part) if i < kept else checkpointed(function, *part) for i, part in enumerate(parts)]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def without_data(x):
-    """Whether x has a shape only: on the meta device, or a FakeTensor of any."""
+    """Whether x has a shape only: it is on the meta device, or a FakeTensor."""
     return x.untyped_storage().device.type == "meta"
 
 
-def recomputed(function, *args):
+def checkpointed(function, *args):
     """function(*args), not random; what it computes on the way is not kept but computed again in the backward pass."""
     if not torch.is_grad_enabled():
         return function(*args)
@@ -157,6 +157,14 @@ def by_rows(function, *tensors):
     rows = (tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors)
     out = in_chunks(function, *rows, size=chunk_size(tensors[0].device))
     return out.view(*tensors[0].shape[:-1], -1)
+
+
+def by_positions(function, X, size, kept=2):
+    """X (b, f, ..., c) -> the same shape, by a function (p, f, c) -> (p, f, c) in which each position stands alone, in
+    chunks of `size` positions (None: all at once). kept: see `in_chunks`."""
+    sequences = X.reshape(*X.shape[:2], -1, X.shape[-1]).transpose(1, 2).flatten(0, 1)      # p f c
+    out = in_chunks(function, sequences, size=size, kept=kept) if size else function(sequences)
+    return out.unflatten(0, (len(X), -1)).transpose(1, 2).reshape(X.shape)
 
 
 # ---------------------------------------------------------------------------------------- S4D
@@ -180,10 +188,12 @@ class S4DKernel(nn.Module):
         self.log_A_real = nn.Parameter(torch.full((d, pairs), math.log(0.5)))
         self.A_imag = nn.Parameter(math.pi * torch.arange(pairs).float().repeat(d, 1))
 
-    def forward(self, L):
-        """L: length in frames -> K (d, L), float32 under autocast too (float64 for float64 parameters)."""
+    def forward(self, L, *others):
+        """L: length in frames -> K (d, L), float32 under autocast too (float64 for float64 parameters); below it that
+        of the `others`, of the same state size: together they take no more operations than one."""
         with autocast_off(self.C.device):
-            log_dt, C, log_A_real, A_imag = map(at_least_float32, (self.log_dt, self.C, self.log_A_real, self.A_imag))
+            log_dt, C, log_A_real, A_imag = (at_least_float32(torch.cat(parts)) for parts in zip(
+                *((kernel.log_dt, kernel.C, kernel.log_A_real, kernel.A_imag) for kernel in (self, *others))))
             A = torch.complex(-log_A_real.exp(), A_imag)                                    # d n
             dtA = log_dt.exp()[:, None] * A                                                 # d n
             CB = 2 * torch.view_as_complex(C) * torch.expm1(dtA) / A                        # d n   2 C B̄
@@ -213,14 +223,16 @@ class DiagonalSSM(nn.Module):
         self.reverse = reverse
         self.kernel = S4DKernel(d, state_size)
         self.D = nn.Parameter(torch.randn(d))
-        self.kept = None  # an impulse response, see `kernels_once`
+        self.kept = None  # an impulse response, see `cached_kernels`
 
-    def impulse_response(self, L):
-        """-> K (d, L) with D added at lag 0, so that the convolution with it is K * u + D u."""
+    def impulse_response(self, L, *others):
+        """-> (k, d, L), K of this SSM and k - 1 others with D added at lag 0: convolution with it is K * u + D u."""
+        ssms = self, *others
         if self.kept is not None and self.kept.shape[1] == L and not (torch.is_grad_enabled() and self.D.requires_grad):
-            return self.kept
-        K = self.kernel(L)
-        return torch.cat([K[:, :1] + self.D[:, None], K[:, 1:]], 1)
+            return torch.stack([ssm.kept for ssm in ssms])
+        K = self.kernel(L, *(ssm.kernel for ssm in others)).view(len(ssms), -1, L)
+        D = torch.stack([ssm.D for ssm in ssms])[..., None]
+        return torch.cat([K[..., :1] + D, K[..., 1:]], -1)
 
     def forward(self, u):
         return convolve(u, [self])[0]
@@ -239,36 +251,27 @@ class S4D(DiagonalSSM):
 
 def convolve(u, ssms):
     """K * u + D u of the same u (b, L, ..., d), for each of `ssms` -> list of tensors of u's shape."""
-    K = torch.stack([ssm.impulse_response(u.shape[1]) for ssm in ssms])                     # k d L
+    K = ssms[0].impulse_response(u.shape[1], *ssms[1:])                                     # k d L
     videos = u.reshape(*u.shape[:2], -1, u.shape[-1])                                       # b L p d
-    by = toeplitz_conv if choose_toeplitz(u.shape[1], videos.shape[2], u.device) else fft_conv
+    # A GPU's matrix units make the Toeplitz matrix cheap; on a CPU it pays if frames are no more than positions. Never
+    # chosen by the batch: a video comes out the same whatever else is in it.
+    by = toeplitz_conv if u.shape[1] <= (min(videos.shape[2], 1024) if u.device.type == "cpu" else 1024) else fft_conv
     return [y.reshape(u.shape) for y in by(videos, K, [ssm.reverse for ssm in ssms])]
 
 
 @contextlib.contextmanager
-def kernels_once(net, L):
+def cached_kernels(net, L):
     """In this context every SSM inside `net` computes its kernel for L frames once, not in every call: for sampling.
-
-    Re-enter it after an optimiser step. Where gradients of the parameters are asked for, the kernels are not used.
-    """
+    Re-enter it after an optimiser step. Where gradients of the parameters are asked for, the kernels are not used."""
     ssms = [module for module in net.modules() if isinstance(module, DiagonalSSM)]
     try:
         with torch.no_grad():
             for ssm in ssms:
-                ssm.kept = ssm.impulse_response(L)
+                [ssm.kept] = ssm.impulse_response(L)
         yield
     finally:
         for ssm in ssms:
             ssm.kept = None
-
-
-def choose_toeplitz(L, positions, device):
-    """Whether `toeplitz_conv` is to be used for videos of L frames with so many positions, or `fft_conv`.
-
-    It is up to 1,024 frames on a GPU, whose matrix units make it cheap; on a CPU only if there are also no more frames
-    than positions. Never by the batch: a video comes out the same whatever else is in it.
-    """
-    return L <= (min(positions, 1024) if device.type == "cpu" else 1024)
 
 
 def toeplitz_conv(u, K, reverse):
@@ -329,8 +332,8 @@ class S6(nn.Module):
         h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k u_k,   y_k = C_k h_k + D u_k,   A = -exp(A_log)
 
     d: channels. state_size: N. dt_rank: through how many numbers Δ is made. dt_min, dt_max: see `S4DKernel`.
-    forward: u (b, L, ..., d) -> the same shape. By the kernel of the package mamba-ssm, if installed, for u on CUDA;
-    else by a loop over the frames, in chunks: the states of all positions, N times u, never exist at once.
+    forward: u (b, L, ..., d) -> the same shape. On CUDA by the kernel of the package mamba-ssm, if installed; else by a
+    loop over the frames, in chunks: the states of all positions, N times u, never exist at once.
     """
 
     def __init__(self, d, state_size=16, dt_rank=1, reverse=False, dt_min=1e-3, dt_max=1e-1):
@@ -346,16 +349,12 @@ class S6(nn.Module):
             self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
 
     def forward(self, u):
-        b, L, d = u.shape[0], u.shape[1], u.shape[-1]
-        sequences = u.reshape(b, L, -1, d).transpose(1, 2).flatten(0, 1)                    # b·p L d
-        sequences = sequences.flip(1) if self.reverse else sequences
-        if u.is_cuda and fused_selective_scan():
-            y = self.fused(sequences)
-        else:
-            numbers = 2 ** 19 if u.device.type == "cpu" else 2 ** 25  # in the states that exist at once
-            y = in_chunks(self.scan, sequences, size=max(1, numbers // (d * L * self.A_log.shape[1])))
-        y = y.flip(1) if self.reverse else y
-        return y.unflatten(0, (b, -1)).transpose(1, 2).reshape(u.shape)
+        u = u.flip(1) if self.reverse else u
+        fused = u.is_cuda and fused_selective_scan()
+        numbers = 2 ** 19 if u.device.type == "cpu" else 2 ** 25  # in the states that exist at once
+        size = None if fused else max(1, numbers // (self.A_log.numel() * u.shape[1]))
+        y = by_positions(self.fused if fused else self.scan, u, size)
+        return y.flip(1) if self.reverse else y
 
     def scan(self, u):
         """u: (p, L, d) -> (p, L, d)."""
@@ -399,7 +398,7 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b):
         h = b.clone()
-        for k in range(1, 0 if h.is_meta else len(h)):  # no loop where there are only shapes
+        for k in range(1, 0 if without_data(h) else len(h)):  # no loop where there are only shapes
             h[k].addcmul_(a[k], h[k - 1])
         ctx.save_for_backward(a, h)
         return h
@@ -409,6 +408,6 @@ class Recurrence(torch.autograd.Function):
     def backward(ctx, grad):
         a, h = ctx.saved_tensors
         grad_b = grad.clone()
-        for k in reversed(range(0 if h.is_meta else len(h) - 1)):
+        for k in reversed(range(0 if without_data(h) else len(h) - 1)):
             grad_b[k].addcmul_(a[k + 1], grad_b[k + 1])
         return torch.cat([torch.zeros_like(h[:1]), grad_b[1:] * h[:-1]]), grad_b

@@ -43,7 +43,7 @@ from command import (Parser, UserError, agree, autocast, barrier, choose_device,
 from data import DataError, read_whole_videos, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance
 from model import UNet3D, UNetConfig, compile_tails
-from s4d import S6, kernels_once
+from s4d import S6, cached_kernels
 
 ASSET = Path(__file__).resolve().with_name("assets") / "maze64.pt"  # drawn from while there is no run of one's own
 PICTURES = ".gif", ".mp4", ".png"
@@ -56,7 +56,7 @@ def draw(net, sample, shape, generators, labels=None, guidance=1.0, known=None, 
     labels, guidance: (b,) int, of a network with classes, and the scale of `with_guidance`.
     known: frames that are not drawn: x_a (b, c, f, h, w) in [-1, 1], and given (f,), whether a frame is that of x_a.
     blocks: slices of frames, all of one length, drawn one after another, each with what is there already as given.
-    The caller chooses the precision (`autocast`) and may enter `kernels_once`.
+    The caller chooses the precision (`autocast`) and may enter `cached_kernels`.
     """
     denoiser = net if labels is None else with_guidance(net, labels, net.config.classes, guidance)
     device = generators[0].device
@@ -342,7 +342,7 @@ def main():
     sample = functools.partial(diffusion.sample, progress=functools.partial(bar, unit="step", leave=False),
                                steps=args.sampling_steps, eta=args.eta, weight=args.condition_weight)
     is_given = torch.tensor([i in given for i in range(args.frames)], device=device)
-    with autocast(device, args.precision), kernels_once(net, window):
+    with autocast(device, args.precision), cached_kernels(net, window):
         network = cuda_graphs(net) if args.compile and device.type == "cuda" else net
         for batch in bar(mine, unit="batch"):
             x_a = torch.zeros(len(batch), 3, args.frames, args.size, args.size)

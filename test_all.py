@@ -184,6 +184,19 @@ def test_reference_linear_attention_and_spatial_layers(no_norm, monkeypatch):
     assert relative(block(channels_last(x), t), channels_last(y)) < 1e-5
 
 
+@pytest.mark.parametrize("tag", ["lstm", "lstm_unidirectional"])
+def test_reference_lstm(tag, no_norm, monkeypatch):
+    archive = np.load(REFERENCE / "lstm.npz")
+    layer = model.TemporalLSTM(8, hidden=16, bidirectional=tag == "lstm")
+    load_reference(layer, archive, f"{tag}/", lambda name: name.replace("fc.", "out."))
+    x, y = (torch.from_numpy(archive[f"{tag}/{key}"]).repeat(15, 1, 1).transpose(0, 1)[None] for key in ("in", "out"))
+    use_chunks_of(1, monkeypatch)
+    assert relative(layer(x) - x, y) < 1e-5  # 45 positions: two chunks
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(layer(x) - x, y) < 2e-2
+    assert layer.to("meta")(x.to("meta")).shape == x.shape
+
+
 def network_name(name):
     """The authors' name of a network's parameter -> ours."""
     name = re.sub(r"^(down|up)s\.(\d)\.(\d)\.", lambda match: f"{match[1]}.{match[2]}.{LEVEL_NAMES[match[3]]}.", name)
@@ -225,20 +238,23 @@ def test_reference_schedule():
 # ------------------------------------------------------------------------------------------------ s4d
 
 
+def states(a, b, reverse):
+    """h_k = a_k h_{k-1} + b_k, or backward in time, step by step; a, b: (p, L, d, n) -> h, the same."""
+    h, hs = torch.zeros_like(b[:, 0]), {}
+    steps = range(b.shape[1])
+    for k in reversed(steps) if reverse else steps:
+        hs[k] = h = a[:, k] * h + b[:, k]
+    return torch.stack([hs[k] for k in steps], 1)
+
+
 def recurrence(ssm, u):
-    """s_k = Ā s_{k-1} + B̄ u_k, y_k = 2 Re(C s_k) + D u_k, step by step. u: (p, L, d) -> (p, L, d)."""
+    """s_k = Ā s_{k-1} + B̄ u_k, y_k = 2 Re(C s_k) + D u_k; u: (p, L, d) -> (p, L, d)."""
     kernel = ssm.kernel
     A = torch.complex(-kernel.log_A_real.exp(), kernel.A_imag)
     A_bar = torch.exp(kernel.log_dt.exp()[:, None] * A)
     B_bar = (A_bar - 1) / A
-    C = torch.view_as_complex(kernel.C)
-    s = torch.zeros(len(u), *A.shape, dtype=A.dtype)                                                # p d n
-    steps = range(u.shape[1])
-    ys = {}
-    for k in reversed(steps) if ssm.reverse else steps:
-        s = A_bar * s + B_bar * u[:, k, :, None]
-        ys[k] = 2 * torch.einsum("dn,pdn->pd", C, s).real + ssm.D * u[:, k]
-    return torch.stack([ys[k] for k in steps], 1)
+    s = states(A_bar.expand(*u.shape, -1), B_bar * u[..., None], ssm.reverse)                       # p L d n
+    return 2 * (torch.view_as_complex(kernel.C) * s).sum(-1).real + ssm.D * u
 
 
 @pytest.mark.parametrize("L", [1, 2, 16, 64, 200, 400])
@@ -248,7 +264,7 @@ def test_s4d_is_the_state_recurrence(L, reverse):
     u = torch.randn(2, L, 3, dtype=torch.float64, requires_grad=True)
     expected = recurrence(ssm, u)
     assert relative(ssm(u), F.glu(ssm.output_linear(F.gelu(expected)))) < 1e-10
-    K = ssm.impulse_response(L)[None]
+    K = ssm.impulse_response(L)
     for conv in (s4d.toeplitz_conv, s4d.fft_conv):
         [y] = conv(u[:, :, None], K, [reverse])
         assert_same_function(y[:, :, 0], expected, [u, *ssm.kernel.parameters(), ssm.D])
@@ -278,7 +294,7 @@ def test_neither_the_vandermonde_tensor_nor_the_states_of_s6_exist_whole():
 
 
 @pytest.mark.parametrize("frames", [16, 200, 400])
-@pytest.mark.parametrize("positions", [2, 1024])  # by FFT, and (up to 1024 frames) by Toeplitz matrix
+@pytest.mark.parametrize("positions", [2, 400])  # by FFT, by Toeplitz matrix
 def test_bfloat16_autocast(frames, positions):
     layer = TemporalSSM(4, state_size=16, mlp_dim=8)
     x = torch.randn(1, frames, positions, 4)
@@ -307,7 +323,7 @@ def test_temporal_ssm_is_the_textbook_layer(settings, bidirectional, shape, rows
 def test_wide_hidden_layers_never_exist_whole_and_memory_grows_evenly(layer, monkeypatch):
     use_chunks_of(64, monkeypatch)
     kept = []
-    for frames in range(4, 24, 2):
+    for frames in range(4, 16, 2):
         with LargestTensor() as largest, LiveMemory() as memory:
             y = layer(torch.randn(1, frames, 8, 8, 4, requires_grad=True))
             kept.append(memory.live)
@@ -330,46 +346,23 @@ def test_memory_of_attention_against_frames(impl, power):
 
 def test_kernels_are_computed_once_for_all_sampling_steps(monkeypatch):
     net, calls, forward = UNet3D(UNetConfig(**TINY)), [], S4DKernel.forward
-    monkeypatch.setattr(S4DKernel, "forward", lambda self, L: calls.append(self) or forward(self, L))
+    monkeypatch.setattr(S4DKernel, "forward", lambda self, L, *others: calls.extend([self, *others])
+                        or forward(self, L, *others))
 
     def sampled():
         return Diffusion(5).sample(net, (1, 3, 6, 8, 8), sample_generators(0, [0]))
 
-    with s4d.kernels_once(net, 6):
+    with s4d.cached_kernels(net, 6):
         once = sampled()
     kernels = len(calls)
     assert kernels == len(set(calls)) > 0
     assert torch.equal(sampled(), once) and len(calls) == 6 * kernels, "dropped, and computed at each of the 5 steps"
 
 
-@pytest.mark.parametrize("layer, settings", [
-    (TemporalSSM, {}), (model.TemporalGSS, {}), (model.TemporalMamba, {}), (model.TemporalMamba, {"ssm": "s6"})])
-@pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("positions", [1, 3])  # on a side: by FFT, by Toeplitz matrix
-def test_which_frames_a_frame_sees(layer, settings, bidirectional, positions):
-    layer = randomise(layer(4, state_size=8, bidirectional=bidirectional, **settings)).double()
-    x = torch.randn(1, 7, positions, positions, 4, dtype=torch.float64, requires_grad=True)
-    for frame in range(7):
-        [gradient] = torch.autograd.grad(layer(x)[:, frame, 0, 0].square().sum(), x)
-        seen = gradient.abs().amax(dim=(0, 4))                                                      # f h w
-        assert (seen[:frame + 1, 0, 0] > 1e-12).all(), "the past"
-        later = seen[frame + 1:, 0, 0]
-        assert (later > 1e-12).all() if bidirectional else (later < 1e-14).all(), "the future"
-        seen[:, 0, 0] = 0
-        assert not (seen > 1e-14).any(), "other positions"
-
-
 def selective_recurrence(u, dt, A, B, C, D, reverse=False):
-    """h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k u_k, y_k = C_k h_k + D u_k, step by step -> (p, L, d).
-
-    u, dt: (p, L, d), A: (d, N), B, C: (p, L, N), D: (d,).
-    """
-    h, ys = torch.zeros(len(u), *A.shape, dtype=u.dtype), {}                                        # p d N
-    steps = range(u.shape[1])
-    for k in reversed(steps) if reverse else steps:
-        h = torch.exp(dt[:, k, :, None] * A) * h + (dt * u)[:, k, :, None] * B[:, k, None]
-        ys[k] = (h * C[:, k, None]).sum(-1) + D * u[:, k]
-    return torch.stack([ys[k] for k in steps], 1)
+    """h_k = exp(Δ_k A) h_{k-1} + Δ_k B_k u_k, y_k = C_k h_k + D u_k; u, dt: (p, L, d), A: (d, N), B, C: (p, L, N)."""
+    h = states(torch.exp(dt[..., None] * A), (dt * u)[..., None] * B[:, :, None], reverse)          # p L d N
+    return (h * C[:, :, None]).sum(-1) + D * u
 
 
 @pytest.mark.parametrize("L", [1, 2, 33])
@@ -379,8 +372,8 @@ def test_s6_is_the_selective_recurrence(L, reverse, chunks, monkeypatch):
     ssm = randomise(s4d.S6(5, state_size=4, dt_rank=2, reverse=reverse)).double()
     u = torch.randn(6, L, 5, dtype=torch.float64, requires_grad=True)
     if chunks > 1:
-        in_chunks = s4d.in_chunks
-        monkeypatch.setattr(s4d, "in_chunks", lambda scan, u, size: in_chunks(scan, u, size=2))
+        by_positions = s4d.by_positions
+        monkeypatch.setattr(s4d, "by_positions", lambda scan, u, size: by_positions(scan, u, size=2))
     dt, B, C = (u @ ssm.x_proj.weight.T).split(ssm.sizes, -1)
     dt = torch.log1p(torch.exp(dt @ ssm.dt_proj.weight.T + ssm.dt_proj.bias))
     expected = selective_recurrence(u, dt, -ssm.A_log.exp(), B, C, ssm.D, reverse)
@@ -434,8 +427,8 @@ def restore_tails(monkeypatch):
 
 def test_compiled_tails(restore_tails):
     """With a backend that traces forward and backward pass but writes no kernels, which on a CPU would take minutes."""
-    net = randomise(UNet3D(UNetConfig(**TINY)))
-    x, t = torch.randn(1, 3, 5, 8, 8), torch.tensor([3])
+    net = randomise(UNet3D(UNetConfig(**TINY | {"channel_mults": (1,)})))
+    x, t = torch.randn(1, 3, 5, 4, 4), torch.tensor([3])
     plain = gradients(net, x, t, enabled=False)
     model.compile_tails(backend="aot_eager")
     torch._dynamo.utils.counters.clear()
@@ -446,23 +439,23 @@ def test_compiled_tails(restore_tails):
 
 
 def test_bfloat16_training_tracks_float32():
-    phase = torch.arange(4.0).view(-1, 1, 1, 1, 1) + torch.arange(8.0).view(1, 1, -1, 1, 1) / 3
-    x_0 = torch.sin(phase + torch.arange(8.0) / 2).expand(4, 3, 8, 8, 8).contiguous()  # waves that wander
-    losses = {}
-    for precision in ("float32", "bf16"):
+    phase = torch.arange(4.0).view(-1, 1, 1, 1, 1) + torch.arange(4.0).view(1, 1, -1, 1, 1) / 3
+    x_0 = torch.sin(phase + torch.arange(4.0) / 2).expand(4, 3, 4, 4, 4).contiguous()  # waves that wander
+    losses = []
+    for bf16 in (False, True):
         torch.manual_seed(0)
-        net, process, losses[precision] = UNet3D(UNetConfig(**TINY)), Diffusion(64), []
-        optimizer = torch.optim.Adam(net.parameters(), lr=2e-3, fused=True)
-        for step in range(40):
+        net, process = UNet3D(UNetConfig(**TINY)), Diffusion(64)
+        optimizer = torch.optim.Adam(net.parameters(), lr=4e-3)
+        for step in range(24):
             t, noise = training_noise(x_0.shape[1:], 0, step, range(4), process.T)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = process.loss(net, x_0, t, noise).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses[precision].append(loss.item())
-    ours, plain = np.array(losses["bf16"]), np.array(losses["float32"])
-    assert plain[-10:].mean() < plain[:10].mean() * 0.8
+            losses.append(loss.item())
+    plain, ours = np.array(losses).reshape(2, -1)
+    assert plain[-6:].mean() < plain[:6].mean() * 0.8
     assert np.abs(ours / plain - 1).max() < 0.03
 
 

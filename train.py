@@ -49,7 +49,7 @@ from command import (Parser, UserError, agree, autocast, choose_device, choose_p
 from data import DataError, MazeVideos, batches, class_names, open_videos, to_float
 from diffusion import PREDICTIONS, Diffusion, label_dropped, sample_generators, training_noise
 from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails, count_parameters
-from s4d import kernels_once
+from s4d import cached_kernels
 from sample import draw, load_checkpoint, save_gif
 
 PRESETS = {  # Table 5, a row per column; what all of them share are the defaults of the flags
@@ -74,6 +74,7 @@ TAKES = {"ssm": {"state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidire
          "linear-attention": {"head_dim"},
          "gss": {"state_size", "mlp_dim", "unidirectional"},
          "mamba": {"state_size", "mlp_dim", "unidirectional", "ssm"},
+         "lstm": {"head_dim", "unidirectional"},
          "none": set()}
 
 # What may differ when a run is resumed: none of it shapes the network or the data.
@@ -238,7 +239,7 @@ def held_out_loss(net, diffusion, videos, args):
                 losses.append(diffusion.loss(denoiser, x_0[None], t, noise, args.loss).item())
             yield losses
 
-    with autocast(device, args.precision), kernels_once(net, args.frames):
+    with autocast(device, args.precision), cached_kernels(net, args.frames):
         quartiles = torch.tensor(share_out(args.eval_clips, quartile_losses), device=device).mean(0).tolist()
     return {"held_out_loss": sum(quartiles) / 4, "held_out_quartiles": quartiles}
 
@@ -258,7 +259,7 @@ def draw_samples(net, diffusion, args, count):
             generators = sample_generators(args.seed, indices, device)
             yield from draw(net, sample, (3, args.frames, args.size, args.size), generators, labels)
 
-    with autocast(device, args.precision), kernels_once(net, args.frames):
+    with autocast(device, args.precision), cached_kernels(net, args.frames):
         return np.stack(share_out(count, samples))
 
 
