@@ -5,11 +5,13 @@ Used by train.py, sample.py and bench.py, and by data.py and fvd.py as commands,
 import argparse
 import contextlib
 import datetime
+import json
 import math
 import os
 import re
 import resource
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -32,19 +34,19 @@ def run(name, main, *told):
     """Run a script's main() and exit with the status it returns, or with one line on stderr.
 
     One line is for what a person did wrong (UserError and the classes in `told`), OSError, out of memory and Ctrl-C.
-    Any other exception is a bug and keeps its traceback.
+    Any other exception is a bug and keeps its traceback. Under torchrun both are its "Root Cause".
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are no characters
+    report, for_all = os.environ.get("TORCHELASTIC_ERROR_FILE"), False
     try:
-        status = record(main)()  # torchrun shows its errors as the root cause
+        status = (record(main) if report else main)()
         if dist.is_initialized():  # not after an error: it would wait for the other processes
             dist.destroy_process_group()
         sys.exit(status)
     except KeyboardInterrupt:
         message = "interrupted; run the same command again"
     except (UserError, OSError, *told) as error:
-        # what a person did wrong the first process of each machine says for all
-        message = str(error) if processes()[1] == 0 or isinstance(error, OSError) else ""
+        message, for_all = str(error), not isinstance(error, OSError)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
             message = (f"out of memory ({gist(error)}); try a smaller --batch-size, --frames or --size, or "
@@ -53,7 +55,11 @@ def run(name, main, *told):
             message = "another process of this run has ended; run the same command again"
         else:
             raise
-    sys.exit(f"{name}: {' '.join(message.splitlines())}" if message else 1)  # file names may have several lines
+    message = f"{name}: {' '.join(message.splitlines())}"  # file names may have several lines
+    if report:  # in the place of the traceback that `record` has written there
+        info = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": info}}))
+    sys.exit(1 if for_all and processes()[1] else message)  # the first process of each machine says it for all
 
 
 def gist(error):

@@ -496,11 +496,14 @@ def describe(args, net, device):
     temporal, time_embedding = count("temporal|position_bias"), count("time_mlp|to_scale_shift|class_embedding")
     world_size, parts = processes()[2], args.grad_accum
     shape = args.batch_size // world_size // parts, 3, args.frames, args.size, args.size
-    ignored = set().union(*TAKES.values()) - TAKES[args.temporal] | {"dry_run"}
+    ignored = set().union(*TAKES.values()) - TAKES[args.temporal] | {"preset", "dry_run"}
     settings = {title: [f"{name.replace('_', '-')} {value}" for name in names if name not in ignored
                         and (value := getattr(args, name)) not in (None, False)]
                 for title, names in make_parser()[2].items()}
+    why = ("ours, small" if args.preset == "tiny" else "of the paper's, for clips nearest to these in frames and size "
+           "unless --preset says otherwise; --preset tiny is a small one, for minutes")
     return "\n".join([
+        f"preset {args.preset}: {why}",
         *(f"{title}: {', '.join(values)}" for title, values in settings.items() if values),
         f"{count(''):,} parameters: {temporal:,} in temporal layers, {time_embedding:,} in the time embedding, "
         f"{count('') - temporal - time_embedding:,} in spatial layers",
@@ -609,9 +612,6 @@ def parse_args(argv=None):
     preset = explicit.get("preset", nearest)
     out = explicit.get("out") or Path("out") / f"{preset}-{explicit.get('temporal', defaults['temporal'])}"
     given = read_config(out, defaults) | explicit
-    if "preset" not in given:
-        say(f"preset {nearest}, the paper's for the clips nearest to {frames} frames of {size}x{size}; --preset tiny "
-            "trains a small network in minutes")
     preset = given.setdefault("preset", nearest)
     args = argparse.Namespace(**defaults | PRESETS[preset] | given | {"out": out})
     if args.temporal in ("gss", "mamba"):
