@@ -86,7 +86,8 @@ def number(kind, least, most, open_end=False):
             value = math.nan
         if not least <= value <= most or open_end and value == least:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number "
-                                             f"{'above' if open_end else 'from'} {least} to {most:.10g}")
+                                             f"{'above' if open_end else 'from'} {least} to {most:.10g}"
+                                             + "; put blanks between several" * ("," in text))
         return value
     return parse
 

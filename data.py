@@ -273,7 +273,7 @@ def pack(source, out, size, workers=None, min_frames=1, stride=1, test_fraction=
         hold_out(found, test_fraction)
     about = {"size": size, "stride": stride, "min_frames": min_frames, "test_fraction": test_fraction,
              "files": fingerprint(found)}
-    workers = workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    workers = workers or cpus()
     # In order, each worker two videos ahead at most. Arrays come through a pipe; tensors would come through shared
     # memory, of which containers have little.
     decode_one = functools.partial(decode_or_reason, size=size, min_frames=min_frames, stride=stride)
@@ -283,6 +283,11 @@ def pack(source, out, size, workers=None, min_frames=1, stride=1, test_fraction=
         return write_packed(out, about, len(found), zip(found, decoded))
     except RuntimeError as error:  # a worker has died
         raise DataError(f"the decoder crashed soon after the last video counted: {error}") from None
+
+
+def cpus():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def end_when_interrupted(worker):

@@ -435,7 +435,7 @@ class TemporalLSTM(nn.Module):
     def forward(self, X):
         check_frames(X, self.norm)
         # 32: fewer sequences would leave too little for the matrix product of each frame
-        return X + by_positions(self.recur, X, size=max(32, chunk_size(X.device) // X.shape[1]), kept=0)
+        return X + by_positions(self.recur, X, size=max(32, chunk_size(X.device) // X.shape[1]))
 
     def recur(self, x):
         """x: (p, f, c) -> (p, f, c); the recurrence itself in the precision of its weights."""

@@ -124,13 +124,13 @@ def chunk_size(device):
     return 2 ** 12 if device.type == "cpu" else 2 ** 19
 
 
-def in_chunks(function, *tensors, size, kept=2):
+def in_chunks(function, *tensors, size):
     """function(*tensors), computed for `size` entries of the first axis at a time; it must treat each of them alone.
 
-    All chunks, on a CPU but the first `kept`, are `checkpointed`: a hidden layer much wider than the input never exists
-    whole, and memory grows evenly with the frames. (Those two cost a CPU little memory and make short clips faster.)
+    All chunks, on a CPU all but the first, are `checkpointed`: a hidden layer much wider than the input never exists
+    whole, and memory grows evenly with the frames. (The first costs a CPU little memory, and saves short clips time.)
     """
-    kept = kept if tensors[0].device.type == "cpu" else 0
+    kept = 1 if tensors[0].device.type == "cpu" else 0
     sizes = [len(part) for part in tensors[0].split(size)]
     if without_data(tensors[0]):  # eight larger chunks at most: memory is counted nearly as well, in far less time
         rest = sum(sizes[kept:])
@@ -159,11 +159,11 @@ def by_rows(function, *tensors):
     return out.view(*tensors[0].shape[:-1], -1)
 
 
-def by_positions(function, X, size, kept=2):
+def by_positions(function, X, size):
     """X (b, f, ..., c) -> the same shape, by a function (p, f, c) -> (p, f, c) in which each position stands alone, in
-    chunks of `size` positions (None: all at once). kept: see `in_chunks`."""
+    chunks of `size` positions (None: all at once)."""
     sequences = X.reshape(*X.shape[:2], -1, X.shape[-1]).transpose(1, 2).flatten(0, 1)      # p f c
-    out = in_chunks(function, sequences, size=size, kept=kept) if size else function(sequences)
+    out = in_chunks(function, sequences, size=size) if size else function(sequences)
     return out.unflatten(0, (len(X), -1)).transpose(1, 2).reshape(X.shape)
 
 

@@ -46,7 +46,7 @@ import fvd
 from command import (Parser, UserError, agree, autocast, choose_device, choose_precision, counted_memory,
                      first_then_all, free_memory, gather, gist, join_processes, non_negative_int, number, peak_memory,
                      positive_float, positive_int, processes, run, say, whole_file, zero_to_one)
-from data import DataError, MazeVideos, batches, class_names, open_videos, to_float
+from data import DataError, MazeVideos, batches, class_names, cpus, open_videos, to_float
 from diffusion import PREDICTIONS, Diffusion, label_dropped, sample_generators, training_noise
 from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails, count_parameters
 from s4d import cached_kernels
@@ -533,7 +533,7 @@ def make_parser():
     add("--classes", False, "class-conditional, by the data's labels: class folders, wall colours", action="store_true")
     add("--frames", 16, "frames per clip", type=positive_int)
     add("--size", 32, "height and width", type=positive_int)
-    add("--workers", min(2, os.cpu_count()), "data loader workers of each process", type=non_negative_int)
+    add("--workers", min(2, cpus()), "data loader workers of each process", type=non_negative_int)
 
     group = parser.add_argument_group("network")
     add("--temporal", "ssm", "temporal layer", choices=TEMPORAL_LAYERS, type=temporal_layer)
