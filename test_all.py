@@ -922,7 +922,6 @@ def test_micro_batches_fit_in_memory(gigabytes, parts, recompute, monkeypatch):
         return 2**30 * shape[0] * (0.5 if grad_checkpoint else 1)
 
     monkeypatch.setattr(train, "step_memory", takes)
-    monkeypatch.setattr(train, "OVERHEAD", 1)
     monkeypatch.setattr(train, "free_memory", lambda device: 2**30 * gigabytes / 0.9)
     args = train.parse_args("--preset tiny".split())
     if parts is None:
@@ -955,7 +954,8 @@ def test_the_memory_of_a_step_is_that_of_its_tensors(precision, grad_checkpoint)
         with autocast(device, precision):
             loss = (net(x, t).float() - x).square().mean()
         loss.backward()
-    assert train.step_memory(config, shape, device, precision, grad_checkpoint) == pytest.approx(memory.peak, rel=0.02)
+    estimate = train.step_memory(config, shape, device, precision, grad_checkpoint)
+    assert (estimate - 2**28) / 1.1 == pytest.approx(memory.peak, rel=0.02)
 
 
 def test_divergence_leaves_the_checkpoint(run_train, tmp_path):

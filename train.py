@@ -82,7 +82,6 @@ MAY_CHANGE = {"steps", "log_every", "eval_every", "sample_every", "save_every", 
               "grad_checkpoint", "grad_accum", "memory_gb", "grad_clip", "tensorboard", "device", "eval_clips",
               "grid_samples", "attention_impl", "fvd_every", "fvd_videos", "i3d", "deterministic"}
 
-OVERHEAD = 1.1  # of kernels' workspaces and fragmentation, over what tensors take
 LABEL_DROPOUT = 0.1  # share of the labels that training hides: classifier-free guidance needs the unconditional network
 
 
@@ -440,7 +439,7 @@ def unet_config(args):
 def step_memory(config, clip_shape, device, precision="float32", grad_checkpoint=False):
     """-> bytes that a training step takes for clips of `clip_shape` (b, c, f, h, w): parameters, Adam's two moments and
     the EMA, as large each, and what the forward and backward pass holds at its peak, gradients included, counted on
-    tensors without data. Not in it: PyTorch itself, workspaces of its kernels, fragmentation."""
+    tensors without data; a tenth more and 1/4 GB stand for workspaces of PyTorch's kernels and fragmentation."""
     with counted_memory(device) as memory:
         net = UNet3D(config, grad_checkpoint)
         memory.live = memory.peak = 4 * 4 * count_parameters(net)
@@ -448,7 +447,7 @@ def step_memory(config, clip_shape, device, precision="float32", grad_checkpoint
         with autocast(device, precision):
             loss = (net(x, t).float() - x).square().mean()
         loss.backward()
-    return memory.peak
+    return 1.1 * memory.peak + 2**28
 
 
 def fit_memory(args, device):
@@ -462,7 +461,7 @@ def fit_memory(args, device):
 
     def takes(clips, recompute):
         shape = clips, config.video_channels, args.frames, args.size, args.size
-        return OVERHEAD * step_memory(config, shape, device, choose_precision(device, args.precision), recompute)
+        return step_memory(config, shape, device, choose_precision(device, args.precision), recompute)
 
     if args.grad_accum:
         gigabytes = takes(share // args.grad_accum, args.grad_checkpoint) / 2**30 if args.dry_run else None
