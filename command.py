@@ -158,7 +158,7 @@ def free_memory(device):
 @contextlib.contextmanager
 def counted_memory(device):
     """A context whose tensors have no data: in seconds its LiveMemory tells what a step would take on this device."""
-    with FakeTensorMode(), torch.device(device), LiveMemory() as memory:
+    with FakeTensorMode(), torch.device("cuda" if device.type == "cuda" else "cpu"), LiveMemory() as memory:
         yield memory
 
 
