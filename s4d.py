@@ -133,8 +133,8 @@ def in_chunks(function, *tensors, size):
     kept = 1 if tensors[0].device.type == "cpu" else 0
     sizes = [len(part) for part in tensors[0].split(size)]
     if without_data(tensors[0]):  # eight larger chunks at most: memory is counted nearly as well, in far less time
-        rest = sum(sizes[kept:])
-        sizes = sizes[:kept] + [math.ceil((rest - i) / 8) for i in range(min(8, rest))]
+        rest, count = sum(sizes[kept:]), min(8, len(sizes) - kept)
+        sizes = sizes[:kept] + [math.ceil((rest - i) / count) for i in range(count)]
     parts = zip(*(tensor.split(sizes) for tensor in tensors))
     outs = [function(*part) if i < kept else checkpointed(function, *part) for i, part in enumerate(parts)]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
