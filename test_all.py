@@ -1126,6 +1126,14 @@ def test_without_a_run_the_small_checkpoint_is_drawn_from(small_checkpoint, tmp_
         run_sample(monkeypatch, "--weights", "model")
 
 
+def test_the_network_in_assets():
+    ckpt, cpu = sample.load_checkpoint(sample.ASSET), torch.device("cpu")
+    assert sample.ASSET.stat().st_size < 5e6 and not {"optimizer", "model"} & ckpt.keys()
+    net, clips = sample.load_network(ckpt), MazeVideos(64, 16, "test")
+    args = train.parse_args("--preset tiny --frames 64 --eval-clips 1 --precision float32 --device cpu".split())
+    assert train.held_out_loss(net, Diffusion(256, cpu), clips, args)["held_out_loss"] < 0.05  # of noise it is 1
+
+
 def test_the_batch_is_what_the_free_memory_takes(monkeypatch):
     net, cpu = UNet3D(UNetConfig(**TINY)).requires_grad_(False), torch.device("cpu")
     with LiveMemory() as memory:  # of one video
