@@ -439,7 +439,7 @@ def unet_config(args):
 def step_memory(config, clip_shape, device, precision="float32", grad_checkpoint=False):
     """-> bytes that a training step takes for clips of `clip_shape` (b, c, f, h, w): parameters, Adam's two moments and
     the EMA, as large each, and what the forward and backward pass holds at its peak, gradients included, counted on
-    tensors without data; a tenth more and 3/8 GB stand for workspaces of PyTorch's kernels and fragmentation."""
+    tensors without data; a tenth more and 1/4 GB stand for workspaces of PyTorch's kernels and fragmentation."""
     with counted_memory(device) as memory:
         net = UNet3D(config, grad_checkpoint)
         memory.live = memory.peak = 4 * 4 * count_parameters(net)
@@ -447,7 +447,7 @@ def step_memory(config, clip_shape, device, precision="float32", grad_checkpoint
         with autocast(device, precision):
             loss = (net(x, t).float() - x).square().mean()
         loss.backward()
-    return 1.1 * memory.peak + 3 * 2**27
+    return 1.1 * memory.peak + 2**28
 
 
 def fit_memory(args, device):
