@@ -49,8 +49,8 @@ def run(name, main, *told):
         message, for_all = str(error), not isinstance(error, OSError)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
-            message = (f"out of memory ({gist(error)}); try a smaller --batch-size, --frames or --size, or "
-                       "--grad-checkpoint")
+            message = (f"out of memory ({gist(error)}); try a smaller --batch-size; of train.py, "
+                       "which then trains the same, a larger --grad-accum or a smaller --memory-gb")
         elif re.search("Connection (reset|closed) by peer", str(error)):
             message = "another process of this run has ended; run the same command again"
         else:
@@ -158,7 +158,8 @@ def free_memory(device):
 @contextlib.contextmanager
 def counted_memory(device):
     """A context whose tensors have no data: in seconds its LiveMemory tells what a step would take on this device."""
-    with FakeTensorMode(), torch.device("cuda" if device.type == "cuda" else "cpu"), LiveMemory() as memory:
+    device = "cuda" if device.type == "cuda" else "cpu"
+    with FakeTensorMode(), torch.device(device), torch.backends.cudnn.flags(enabled=False), LiveMemory() as memory:
         yield memory
 
 

@@ -303,6 +303,9 @@ def hold_out(videos, fraction):
     hashes = [int(hashlib.sha256(os.fsencode(video["name"])).hexdigest()[:8], 16) / 2**32 for video in videos]
     for video, value in zip(videos, hashes):
         video["split"] = "test" if value <= max(fraction, min(hashes)) else "train"
+    if not any(video["split"] == "train" for video in videos):
+        raise DataError(f"--test-fraction {fraction} leaves none of {len(videos)} videos to train on; expected more "
+                        "videos, or a smaller fraction")
 
 
 def fingerprint(videos):

@@ -437,6 +437,11 @@ class TemporalLSTM(nn.Module):
         # 32: fewer sequences would leave too little for the matrix product of each frame
         return X + by_positions(self.recur, X, size=max(32, chunk_size(X.device) // X.shape[1]))
 
+    def train(self, mode=True):
+        super().train(mode)
+        self.lstm.train()  # without dropout it is the same, and only then does cuDNN take gradients of its input
+        return self
+
     def recur(self, x):
         """x: (p, f, c) -> (p, f, c); the recurrence itself in the precision of its weights."""
         with autocast_off(x.device):

@@ -142,7 +142,7 @@ def in_chunks(function, *tensors, size):
 
 def without_data(x):
     """Whether x has a shape only: it is on the meta device, or a FakeTensor."""
-    return x.untyped_storage().device.type == "meta"
+    return x.is_meta or not torch.compiler.is_compiling() and x.untyped_storage().device.type == "meta"
 
 
 def checkpointed(function, *args):

@@ -239,7 +239,7 @@ def parse_args(argv=None):
     args.num, args.sampler = args.num or (4 if args.asset else 16), args.sampler or ("ddim" if args.asset else "ddpm")
     if args.sampler == "ddpm" and (args.sampling_steps or args.eta is not None):
         parser.error("--sampling-steps and --eta go with --sampler ddim; ddpm takes all steps")
-    if bool(args.condition) != bool(args.given):
+    if bool(args.condition) != bool(args.given) or args.condition_start and not args.condition:
         parser.error(f"--condition {args.condition} --given {args.given}: expected both or neither")
     if args.out and args.out.suffix != ".npy":
         parser.error(f"--out {args.out}: expected a name that ends in .npy")

@@ -1068,7 +1068,7 @@ def test_every_command_of_the_tables_runs(flags, parameters):
         assert f"{count_parameters(*full) / 1e6:.2f} M" == parameters
     args = train.parse_args(f"{flags} {SMALL} --device cpu".split())
     net = network_whose_parameters_all_learn(*dataclasses.astuple(train.unet_config(args)))
-    assert f"{model.count_parameters(net):,} parameters: " in train.describe(args, net, torch.device("cpu"))
+    assert f"{model.count_parameters(net):,} parameters: " in train.describe(args, net)
 
 
 # ------------------------------------------------------------------------------------------------ sampling

@@ -79,7 +79,7 @@ TAKES = {"ssm": {"state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidire
 
 # What may differ when a run is resumed: none of it shapes the network or the data.
 MAY_CHANGE = {"steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision", "compile",
-              "grad_checkpoint", "grad_accum", "memory_gb", "grad_clip", "tensorboard", "device", "eval_clips",
+              "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips",
               "grid_samples", "attention_impl", "fvd_every", "fvd_videos", "i3d", "deterministic"}
 
 LABEL_DROPOUT = 0.1  # share of the labels that training hides: classifier-free guidance needs the unconditional network
@@ -92,10 +92,11 @@ def train(args):
     torch.manual_seed(args.seed)
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo carries the stop flag
-    config = {name: value for name, value in vars(args).items() if name not in ("out", "dry_run")}
+    net = UNet3D(unet_config(args)).to(device)
+    say(describe(args, net))
     say(fit_memory(args, device))
-    net = UNet3D(unet_config(args), args.grad_checkpoint).to(device)
-    say(describe(args, net, device))
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "dry_run", "memory_gb", "fixed")}
+    net.grad_checkpoint = args.grad_checkpoint
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=device.type in ("cpu", "cuda"))
     diffusion = Diffusion(args.diffusion_steps, device, args.prediction)
@@ -452,27 +453,36 @@ def step_memory(config, clip_shape, device, precision="float32", grad_checkpoint
 
 def fit_memory(args, device):
     """Choose the fewest micro-batches whose step fits in memory and, only if single clips do not fit without it,
-    recomputation: sets args.grad_accum and args.grad_checkpoint, unless they were given -> a line about it. Raises
-    UserError if nothing fits."""
-    config, share = unet_config(args), args.batch_size // processes()[2]
-    # a CPU's figure is that of the process, which has something already
-    limit = args.memory_gb and args.memory_gb * 2**30 - (device.type != "cuda" and peak_memory(device))
-    limit = limit or 0.9 * free_memory(device)
+    recomputation: sets args.grad_accum and args.grad_checkpoint -> a line about it. --grad-accum stays as given; that
+    of the run that is resumed stays if it fits, since others would change the last bits of sums. Raises UserError."""
+    config, world_size, precision = unet_config(args), processes()[2], choose_precision(device, args.precision)
+    share, limit = args.batch_size // world_size, 0.9 * free_memory(device)
+    if args.memory_gb:  # on a CPU it is that of the process, which has something already
+        limit = max(0, args.memory_gb * 2**30 - (0 if device.type == "cuda" else peak_memory(device)))
+    with torch.device("meta"):
+        gradients = 4 * count_parameters(UNet3D(config))
 
     def takes(clips, recompute):
         shape = clips, config.video_channels, args.frames, args.size, args.size
-        return step_memory(config, shape, device, choose_precision(device, args.precision), recompute)
+        earlier = clips < share  # the gradients of the micro-batches before are there, and DDP has a copy of them
+        return step_memory(config, shape, device, precision, recompute) + (earlier + (world_size > 1)) * gradients
 
-    if args.grad_accum:
-        gigabytes = takes(share // args.grad_accum, args.grad_checkpoint) / 2**30 if args.dry_run else None
-        return f"a step takes about {gigabytes:.1f} GB in each process" if gigabytes else "micro-batches as given"
-    with torch.device("meta"):
-        gradients = 4 * count_parameters(UNet3D(config))  # of the micro-batches before
-    for recompute in sorted({args.grad_checkpoint, True}):
+    def line(expected):
+        how = ", recomputing blocks" if args.grad_checkpoint else ""
+        memory = f"about {expected / 2**30:.1f} GB{how}, and may take {limit / 2**30:.1f}" if expected else "as given"
+        return (f"global batch {args.batch_size} = {world_size} processes x {args.grad_accum} micro-batches of "
+                f"{share // args.grad_accum} clips; {device.type}, {precision}; memory of each process: {memory}")
+
+    if args.grad_accum and share % args.grad_accum == 0:
+        expected = takes(share // args.grad_accum, args.grad_checkpoint) if args.dry_run or not args.fixed else None
+        if args.fixed or expected <= limit:
+            return line(expected)
+        say("the micro-batches of this run do not fit here: others give the same sums but for their last bits")
+    for recompute in sorted({bool(args.grad_checkpoint), True}):
         parts, expected = 1, takes(share, recompute)
         if expected > limit and share > 1:
-            one = takes(1, recompute) + gradients
-            per_clip = (expected - one) / (share - 1)
+            one = takes(1, recompute)
+            per_clip = (expected + gradients - one) / (share - 1)
             sizes = [share // n for n in range(2, share + 1) if share % n == 0]
             clips = next((clips for clips in sizes if one + (clips - 1) * per_clip <= limit), 1)
             parts, expected = share // clips, one + (clips - 1) * per_clip
@@ -482,22 +492,18 @@ def fit_memory(args, device):
         raise UserError(f"a training step takes {expected / 2**30:.1f} GB even with single clips and recomputation; "
                         f"{limit / 2**30:.1f} GB are free; try a smaller --frames, --size or --base-channels")
     args.grad_accum, args.grad_checkpoint = max(gather(parts)), any(gather(recompute))
-    how = ", recomputing blocks" if args.grad_checkpoint else ""
-    return (f"a step takes about {expected / 2**30:.1f} GB in each process{how}; {limit / 2**30:.1f} GB are free "
-            "(--memory-gb)")
+    return line(expected)
 
 
-def describe(args, net, device):
+def describe(args, net):
     """The resolved configuration: a line for each group of flags, without those that the temporal layer ignores."""
     def count(pattern):
         return sum(p.numel() for name, p in net.named_parameters() if re.search(pattern, name))
 
     temporal, time_embedding = count("temporal|position_bias"), count("time_mlp|to_scale_shift|class_embedding")
-    world_size, parts = processes()[2], args.grad_accum
-    shape = args.batch_size // world_size // parts, 3, args.frames, args.size, args.size
-    ignored = set().union(*TAKES.values()) - TAKES[args.temporal] | {"preset", "dry_run"}
+    ignored = set().union(*TAKES.values()) - TAKES[args.temporal] | {"preset", "grad_accum", "dry_run"}
     settings = {title: [f"{name.replace('_', '-')} {value}" for name in names if name not in ignored
-                        and (value := getattr(args, name)) not in (None, False)]
+                        and (value := getattr(args, name)) is not None and value is not False]
                 for title, names in make_parser()[2].items()}
     why = ("ours, small" if args.preset == "tiny" else "of the paper's, for clips nearest to these in frames and size "
            "unless --preset says otherwise; --preset tiny is a small one, for minutes")
@@ -505,12 +511,13 @@ def describe(args, net, device):
         f"preset {args.preset}: {why}",
         *(f"{title}: {', '.join(values)}" for title, values in settings.items() if values),
         f"{count(''):,} parameters: {temporal:,} in temporal layers, {time_embedding:,} in the time embedding, "
-        f"{count('') - temporal - time_embedding:,} in spatial layers",
-        f"global batch {args.batch_size} = {world_size} processes x {parts} micro-batches of x {shape} in [-1, 1]; "
-        f"{device.type}, {choose_precision(device, args.precision)}"])
+        f"{count('') - temporal - time_embedding:,} in spatial layers"])
 
 
 # ---------------------------------------------------------------------------------------- flags
+
+
+OnOff = argparse.BooleanOptionalAction  # --no-compile: a resumed run has its own settings otherwise
 
 
 def make_parser():
@@ -521,7 +528,7 @@ def make_parser():
         name = flag[2:].replace("-", "_")
         defaults[name] = default
         groups.setdefault(group.title, []).append(name)
-        help += "" if default in (None, False) else f" ({default})"
+        help += "" if default is None or default is False else f" ({default})"
         group.add_argument(flag, default=argparse.SUPPRESS, help=help, **settings)
 
     group = parser.add_argument_group("what to train")
@@ -571,10 +578,10 @@ def make_parser():
     group = parser.add_argument_group("speed and memory")
     add("--device", None, "cpu, cuda, mps (the best there is)")
     add("--precision", "auto", "bf16 autocast or float32; auto: bf16 if native", choices=("auto", "bf16", "float32"))
-    add("--compile", False, "torch.compile the elementwise work, for GPUs", action="store_true")
-    add("--deterministic", False, "the same bits on every run on a GPU, too; slower", action="store_true")
+    add("--compile", False, "torch.compile the elementwise work, for GPUs", action=OnOff)
+    add("--deterministic", False, "the same bits on every run on a GPU, too; slower", action=OnOff)
     add("--grad-accum", None, "micro-batches per step of each process (as memory asks)", type=positive_int)
-    add("--grad-checkpoint", False, "recompute blocks in the backward pass (if memory asks)", action="store_true")
+    add("--grad-checkpoint", False, "recompute blocks in the backward pass (if memory asks)", action=OnOff)
     add("--memory-gb", None, "what a process may take (what is free)", type=positive_float)
 
     group = parser.add_argument_group("output")
@@ -588,7 +595,7 @@ def make_parser():
     add("--fvd-every", 0, "steps between FVDs of samples; 0: off", type=non_negative_int)
     add("--fvd-videos", 64, "samples, and clips to compare them with", type=number(int, 2, 2 ** 31 - 1))
     add("--i3d", None, "I3D weights for --fvd-every, i3d_pretrained_400.pt (see fvd.py)")
-    add("--tensorboard", False, "log to TensorBoard too", action="store_true")
+    add("--tensorboard", False, "log to TensorBoard too", action=OnOff)
     add("--dry-run", False, "print what would be trained, and exit", action="store_true")
     return parser, defaults, groups
 
@@ -612,7 +619,7 @@ def parse_args(argv=None):
     out = explicit.get("out") or Path("out") / f"{preset}-{explicit.get('temporal', defaults['temporal'])}"
     given = read_config(out, defaults) | explicit
     preset = given.setdefault("preset", nearest)
-    args = argparse.Namespace(**defaults | PRESETS[preset] | given | {"out": out})
+    args = argparse.Namespace(**defaults | PRESETS[preset] | given | {"out": out, "fixed": "grad_accum" in explicit})
     if args.temporal in ("gss", "mamba"):
         args.mlp_dim = given.get("mlp_dim")  # their own defaults, not the preset's
     if args.ssm == "s6":
@@ -625,16 +632,17 @@ def parse_args(argv=None):
         if wrong:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: {expected}")
 
-    takes, shares = TAKES[args.temporal], processes()[2] * (args.grad_accum or 1)
+    takes, shares = TAKES[args.temporal], processes()[2] * explicit.get("grad_accum", 1)
     for name in set().union(*TAKES.values()) & explicit.keys() - takes:
-        refuse(True, name, f"--temporal {args.temporal} does not use it; it takes {', '.join(sorted(takes)) or 'none'}")
+        refuse(True, name, f"--temporal {args.temporal} does not use it; it takes "
+                           + (", ".join(f"--{other.replace('_', '-')}" for other in sorted(takes)) or "no such flags"))
     factor = 2 ** (len(args.channel_mults) - 1)
     refuse(args.size % factor, "size", f"expected a multiple of {factor}, for {len(args.channel_mults)} levels")
     refuse(args.base_channels % 8, "base_channels", "expected a multiple of 8, the groups of GroupNorm")
     refuse((args.state_size or 0) % 2, "state_size", "expected an even number, N/2 conjugate pairs")
     refuse(args.head_dim % 2, "head_dim", "expected an even number, for the rotary embedding")
     refuse(args.batch_size % shares, "batch_size", f"expected a multiple of processes x --grad-accum, {shares}")
-    refuse(bool(args.fvd_every) != bool(args.i3d), "fvd_every", "goes with --i3d, see python fvd.py --help")
+    refuse(args.fvd_every and not args.i3d, "fvd_every", "goes with --i3d, see python fvd.py --help")
     refuse(args.fvd_every and args.frames < fvd.MIN_FRAMES, "frames", f"FVD takes {fvd.MIN_FRAMES} or more")
     refuse(args.tensorboard and not importlib.util.find_spec("tensorboard"), "tensorboard", "pip install tensorboard")
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
@@ -651,10 +659,9 @@ def main():
     if not args.dry_run:
         return train(args)
     device = choose_device(args.device)
-    say(fit_memory(args, device))
     with torch.device("meta"):
-        net = UNet3D(unet_config(args))
-    say(describe(args, net, device))
+        say(describe(args, UNet3D(unet_config(args))))
+    say(fit_memory(args, device))
 
 
 if __name__ == "__main__":
