@@ -1119,7 +1119,7 @@ def test_without_a_run_the_small_checkpoint_is_drawn_from(small_checkpoint, tmp_
     assert "that comes with the code" in capsys.readouterr().out
     [path] = Path("out", "small").glob("*.npy")
     assert len(np.load(path)) == 4
-    assert_drawn(path, "small.pt", functools.partial(Diffusion(8).sample, steps=8, eta=0))
+    assert_drawn(path, "small.pt", functools.partial(Diffusion(8).sample, steps=8, eta=1))
     net = sample.load_network(sample.load_checkpoint("small.pt"))
     assert all(p.dtype == torch.float32 and torch.equal(p, halves[name].float()) for name, p in net.named_parameters())
     with pytest.raises(UserError, match="--weights model"):
