@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 # Processes with several threads each stall one another on a machine with few cores; those that tests start inherit it.
@@ -918,7 +919,8 @@ def test_what_must_not_change_is_refused(run_folder):
     assert (run_folder / "ckpt.pt").read_bytes() == before
 
 
-def test_a_run_resumes_from_its_folder_alone(run_folder):
+def test_a_run_resumes_from_its_folder_alone(run_folder, monkeypatch):
+    monkeypatch.setattr(train, "step_memory", lambda *args: 0)
     config = (run_folder / "config.json").read_bytes()
     args = train.parse_args(["--out", str(run_folder)])
     assert (args.lr, args.frames, args.channel_mults, args.temporal, args.steps) == (1e-2, 5, [1], "ssm", 4)
@@ -1627,7 +1629,8 @@ def test_stride_and_test_fraction(data_command):
     assert isinstance(data_command(packing)[0], str), "other videos by now"
     index = data.pack("source", "fewer.npy", size=8, workers=1, test_fraction=0.2)
     assert tests_of(index) - {"new/0.npy"} == {name for name in tests if name[0] == "b"}
-    assert tests_of(data.pack("source/new", "one.npy", size=8, workers=1, test_fraction=0.001)), "one at least"
+    with pytest.raises(data.DataError, match="leaves none of 1 videos"):
+        data.pack("source/new", "one.npy", size=8, workers=1, test_fraction=0.001)
     os.rename("source/new", "source/test")
     assert "--test-fraction" in data_command("source --size 8 --test-fraction 0.1 --out split.npy")[0]
 
@@ -2043,7 +2046,8 @@ def test_bench_table_with_rows_out_of_memory_and_an_interrupt(monkeypatch, capsy
     monkeypatch.setattr(sys, "executable", str(process))
     flags = ["--what", "layer", "--frames", 3, 1, 2 * 10 ** 9, "--temporal", "ssm", "attention", "--out", out]
     assert "interrupted" in bench_command(monkeypatch, *flags)
-    assert out.read_text() == capsys.readouterr().out and (tmp_path / "bench.png").exists()
+    assert out.read_text() == capsys.readouterr().out
+    assert (tmp_path / "bench.png").exists() == bool(find_spec("matplotlib"))
     assert [line.split(" | ", 4)[4] for line in out.read_text().splitlines()[4:]] == [
         "out of memory |", "1 | 2 | 16 | 2000 | 1.638e+04 | 1 | 1 |", "1 | 4 | 8 | 1333 | 2731 | 1 | 1 |",
         "1 | 5 | 20 | 1500 | 2048 | 1.25 | 2.5 |", "out of memory |"]

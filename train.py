@@ -94,9 +94,6 @@ def train(args):
     join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo carries the stop flag
     net = UNet3D(unet_config(args)).to(device)
     say(describe(args, net))
-    say(fit_memory(args, device))
-    config = {name: value for name, value in vars(args).items() if name not in ("out", "dry_run", "memory_gb", "fixed")}
-    net.grad_checkpoint = args.grad_checkpoint
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=device.type in ("cpu", "cuda"))
     diffusion = Diffusion(args.diffusion_steps, device, args.prediction)
@@ -105,7 +102,9 @@ def train(args):
     i3d = fvd.load_i3d(args.i3d, device) if args.fvd_every else None
     videos, held_out, about_data = first_then_all(functools.partial(open_data, args))
     lock = take_folder(args.out) if rank == 0 else None  # noqa: F841, held until this process ends
-    say(about_data)
+    say(about_data, fit_memory(args, device), sep="\n")
+    net.grad_checkpoint = args.grad_checkpoint
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "dry_run", "memory_gb", "fixed")}
     first_step = resume(args, config, net, ema, optimizer)
     if first_step >= args.steps:
         return say(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
