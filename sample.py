@@ -211,7 +211,7 @@ def parse_args(argv=None):
     add("--frames", type=positive_int, help="frames per video (as trained)")
     add("--size", type=positive_int, help="height and width (as trained)")
     add("--sampler", choices=("ddpm", "ddim"), help="ancestral, all steps; or DDIM (ddpm, of assets/ ddim)")
-    add("--sampling-steps", type=positive_int, help="of ddim (50, of assets/ 32; at most all)")
+    add("--sampling-steps", type=positive_int, help="of ddim (50, of assets/ 25; at most all)")
     add("--eta", type=zero_to_one, help="of ddim: 0, deterministic, to 1, with the posterior's noise (0, of assets/ 1)")
     add("--class", dest="label", metavar="NAME", help="class to draw (sample i has class i mod their number)")
     add("--guidance", type=non_negative_float, default=1.0, help="1: the class as learned; more: more of it, at twice "
@@ -290,7 +290,7 @@ def main():
     diffusion = Diffusion(config["diffusion_steps"], device, config["prediction"])
     args.frames, args.size = args.frames or config["frames"], args.size or config["size"]
     if args.sampler == "ddim":
-        args.sampling_steps = min(args.sampling_steps or (32 if args.asset else 50), diffusion.T)
+        args.sampling_steps = min(args.sampling_steps or (25 if args.asset else 50), diffusion.T)
         args.eta = float(args.asset) if args.eta is None else args.eta
 
     # ---- what is asked of it: all that can be wrong with it shows here
