@@ -114,13 +114,13 @@ class UNet3D(nn.Module):
             time_embedding = time_embedding + self.class_embedding(labels)
 
         x = rearrange(x, "b c f h w -> b f h w c").contiguous()
-        x = conv_per_frame(self.stem, x)                                                         # b f h w base
+        x = conv_per_frame(self.stem, x)                                                    # b f h w base
         x = stem = run(self.stem_temporal, x, *temporal_args)
         skips = []
         for level in self.down:
             x = level(x, time_embedding, temporal_args, run)                                # b f h w c
             skips.append(x)
-            x = conv_per_frame(level.resample, x)                                                # b f h/2 w/2 c
+            x = conv_per_frame(level.resample, x)                                           # b f h/2 w/2 c
 
         x = run(self.mid_res1, x, time_embedding)
         x = run(self.mid_spatial, x)
@@ -130,7 +130,7 @@ class UNet3D(nn.Module):
         for level in self.up:
             x = torch.cat([x, skips.pop()], dim=-1)                                         # b f h w 2c
             x = level(x, time_embedding, temporal_args, run)                                # b f h w c/2
-            x = conv_per_frame(level.resample, x)                                                # b f 2h 2w c/2
+            x = conv_per_frame(level.resample, x)                                           # b f 2h 2w c/2
 
         x = run(self.final_res, torch.cat([x, stem], dim=-1))                               # b f h w base
         return rearrange(self.final_conv(x), "b f h w c -> b c f h w").contiguous()         # b video_channels f h w

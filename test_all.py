@@ -952,6 +952,16 @@ def test_micro_batches_fit_in_memory(gigabytes, parts, recompute, monkeypatch):
         assert (args.grad_accum, args.grad_checkpoint) == (parts, recompute)
 
 
+def test_processes_choose_the_same_micro_batches(monkeypatch):
+    """Of a resumed run they fit here, and not on the other process, which needs 4."""
+    monkeypatch.setattr(train, "step_memory", lambda *args: 0)
+    monkeypatch.setattr(train, "gather", lambda value: [value, False if isinstance(value, bool) else 4])
+    args = train.parse_args("--preset tiny --grad-accum 2".split())
+    args.fixed = False
+    train.fit_memory(args, torch.device("cpu"))
+    assert args.grad_accum == 4
+
+
 def assert_same_curve(ours, expected, rel_tol):
     for one, two in zip(read_log(ours), read_log(expected), strict=True):
         for name in ("loss", "grad_norm", "held_out_loss"):  # Adam would hide a wrong scale of the gradient

@@ -468,13 +468,13 @@ def fit_memory(args, device):
 
     def line(expected):
         how = ", recomputing blocks" if args.grad_checkpoint else ""
-        memory = f"about {expected / 2**30:.1f} GB{how}, and may take {limit / 2**30:.1f}" if expected else "as given"
+        memory = f"; each process takes about {expected / 2**30:.1f} GB of {limit / 2**30:.1f}" if expected else ""
         return (f"global batch {args.batch_size} = {world_size} processes x {args.grad_accum} micro-batches of "
-                f"{share // args.grad_accum} clips; {device.type}, {precision}; memory of each process: {memory}")
+                f"{share // args.grad_accum} clips{how}; {device.type}, {precision}{memory}")
 
     if args.grad_accum and share % args.grad_accum == 0:
         expected = takes(share // args.grad_accum, args.grad_checkpoint) if args.dry_run or not args.fixed else None
-        if args.fixed or expected <= limit:
+        if args.fixed or all(gather(expected <= limit)):  # on every process, or on none
             return line(expected)
         say("the micro-batches of this run do not fit here: others give the same sums but for their last bits")
     for recompute in sorted({bool(args.grad_checkpoint), True}):
