@@ -29,7 +29,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import torch.nn as nn
@@ -168,6 +167,8 @@ def save_gif(path, videos, given=(), fps=10):
 
 def save_mp4(path, videos, given=(), fps=10):
     """The same as H.264."""
+    import av  # here, so that train.py and bench.py work without it
+
     frames = grid(videos, given)
     height, width = (side // 2 * 2 for side in frames.shape[1:3])  # H.264 wants even ones
     with whole_file(path) as file, av.open(file, "w", format="mp4") as container:
