@@ -139,7 +139,12 @@ def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=Fa
                         collate_fn=functools.partial(batch_of_step, videos, sample_indices, seed),
                         worker_init_fn=leave_signals_to_main,
                         generator=torch.Generator())  # else it would draw a number from the global generator
-    return iter(loader) if with_labels else (clips for clips, _ in loader)
+    if hasattr(signal, "sigtimedwait"):  # workers begin with SIGTERM blocked: one may come before they can tell whose
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    batch_iterator = iter(loader)
+    if hasattr(signal, "sigtimedwait"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return batch_iterator if with_labels else (clips for clips, _ in batch_iterator)
 
 
 def batch_of_step(videos, sample_indices, seed, step):
@@ -159,7 +164,7 @@ def leave_signals_to_main(_worker):
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # macOS has none
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # for those of `pack`
         threading.Thread(target=follow_main, daemon=True).start()
 
 
