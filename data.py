@@ -164,7 +164,7 @@ def leave_signals_to_main(_worker):
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # macOS has none
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # for those of `pack`
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # PyTorch's own handler would end the worker
         threading.Thread(target=follow_main, daemon=True).start()
 
 
@@ -188,8 +188,7 @@ def read_videos(path, size=None):
         labels = read_json(path.with_name(path.name + ".json")).get("labels") or [None] * count
         videos = [{"name": f"{path.name}[{i}]", "start": i * length, "length": length, "label": label, "split": "train"}
                   for i, label in enumerate(labels)]
-    ends = itertools.accumulate(video["length"] for video in videos)
-    if [video["start"] for video in videos] + [len(pixels)] != [0, *ends]:
+    if sum(video["length"] for video in videos) != len(pixels):
         raise DataError(f"the .json file beside {path} does not describe its {len(pixels)} frames; move it away")
     return pixels, videos
 
@@ -278,11 +277,10 @@ def pack(source, out, size, workers=None, min_frames=1, stride=1, test_fraction=
         hold_out(found, test_fraction)
     about = {"size": size, "stride": stride, "min_frames": min_frames, "test_fraction": test_fraction,
              "files": fingerprint(found)}
-    workers = workers or cpus()
     # In order, each worker two videos ahead at most. Arrays come through a pipe; tensors would come through shared
     # memory, of which containers have little.
     decode_one = functools.partial(decode_or_reason, size=size, min_frames=min_frames, stride=stride)
-    decoded = DataLoader([video["path"] for video in found], batch_size=None, num_workers=min(workers, len(found)),
+    decoded = DataLoader([video["path"] for video in found], batch_size=None, num_workers=min(workers or cpus(), len(found)),
                          collate_fn=decode_one, worker_init_fn=end_when_interrupted, generator=torch.Generator())
     try:
         return write_packed(out, about, len(found), zip(found, decoded))
@@ -295,8 +293,7 @@ def cpus():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def end_when_interrupted(worker):
-    leave_signals_to_main(worker)
+def end_when_interrupted(_worker):
     signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # at once, though a long video is being decoded
 
 
@@ -326,7 +323,7 @@ def write_packed(out, about, count, videos):
 
     about: what shapes the file, for the index. A file made from the same stays as it is, any other is refused. Array
     and index are written to a temporary folder, then renamed, the index first: an array without one would pass for a
-    single long video. SIGKILL leaves that folder behind, hidden, beside `out`.
+    single long video. A kill leaves that folder behind, hidden, beside `out`.
     """
     from tqdm import tqdm
 
@@ -334,14 +331,13 @@ def write_packed(out, about, count, videos):
     index_path = out.with_suffix(".json")
     if out.suffix != ".npy":
         raise DataError(f"--out {out}: expected a name that ends in .npy")
-    if out.exists() or index_path.exists():
-        index = read_json(index_path)
-        if not about.items() <= index.items():
-            raise DataError(f"--out {out}: it or {index_path.name} is there, made from other videos or with other "
-                            "settings; move both away, or give another name")
-        if out.exists():
-            print(f"{out} is there already, made by this same command; delete it to make it again")
-            return index
+    index = read_json(index_path)
+    if (out.exists() or index_path.exists()) and not about.items() <= index.items():
+        raise DataError(f"--out {out}: it or {index_path.name} is there, made from other videos or with other settings; "
+                        "move both away, or give another name")
+    if out.exists():
+        print(f"{out} is there already, made by this same command; delete it to make it again")
+        return index
     out.parent.mkdir(parents=True, exist_ok=True)
     # A folder with a name of its own: two runs may pack the same videos at once.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, \

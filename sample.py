@@ -180,17 +180,15 @@ def save_mp4(path, videos, given=(), fps=10):
         container.mux(stream.encode())
 
 
-def save_sheet(path, videos, given, captions, columns=8):
-    """Write them as a contact sheet, a PNG: a row for each, its caption beside it, of evenly spaced frames from the
-    first to the last, under their numbers."""
-    picked = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
-    tiles = grid(videos[:, picked], [i for i, frame in enumerate(picked) if frame in given], columns=1, pixels=64)
-    pictures = Image.fromarray(rearrange(tiles[:, :, :-4], "f h w rgb -> h (f w) rgb"))
-    pen, side = ImageDraw.Draw(pictures), pictures.width // len(picked)
-    left, top = 4 + max(int(pen.multiline_textbbox((0, 0), caption)[2]) for caption in captions), 12
-    sheet = Image.new("RGB", (left + pictures.width + 4, top + pictures.height))
-    sheet.paste(pictures, (left, top))
-    pen = ImageDraw.Draw(sheet)
+def save_sheet(path, videos, given, captions):
+    """Write them as a contact sheet, a PNG: a row for each, its caption beside it, of eight evenly spaced frames from
+    the first to the last, under their numbers."""
+    picked = np.linspace(0, videos.shape[1] - 1, min(8, videos.shape[1])).round().astype(int)
+    tiles = grid(videos[:, picked], np.flatnonzero(np.isin(picked, given)), columns=1, pixels=64)[:, :, :-4]
+    text_box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox
+    left, top = 4 + max(int(text_box((0, 0), caption)[2]) for caption in captions), 12
+    sheet = Image.fromarray(np.pad(np.hstack(tiles), ((top, 0), (left, 4), (0, 0))))
+    pen, side = ImageDraw.Draw(sheet), tiles.shape[2]
     for i, frame in enumerate(picked):
         pen.text((left + 4 + i * side, 2), str(frame))
     for i, caption in enumerate(captions):
@@ -240,7 +238,7 @@ def parse_args(argv=None):
     args.num, args.sampler = args.num or (4 if args.asset else 16), args.sampler or ("ddim" if args.asset else "ddpm")
     if args.sampler == "ddpm" and (args.sampling_steps or args.eta is not None):
         parser.error("--sampling-steps and --eta go with --sampler ddim; ddpm takes all steps")
-    if bool(args.condition) != bool(args.given) or args.condition_start and not args.condition:
+    if bool(args.condition) != bool(args.given):
         parser.error(f"--condition {args.condition} --given {args.given}: expected both or neither")
     if args.out and args.out.suffix != ".npy":
         parser.error(f"--out {args.out}: expected a name that ends in .npy")
