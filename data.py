@@ -280,8 +280,9 @@ def pack(source, out, size, workers=None, min_frames=1, stride=1, test_fraction=
     # In order, each worker two videos ahead at most. Arrays come through a pipe; tensors would come through shared
     # memory, of which containers have little.
     decode_one = functools.partial(decode_or_reason, size=size, min_frames=min_frames, stride=stride)
-    decoded = DataLoader([video["path"] for video in found], batch_size=None, num_workers=min(workers or cpus(), len(found)),
-                         collate_fn=decode_one, worker_init_fn=end_when_interrupted, generator=torch.Generator())
+    decoded = DataLoader([video["path"] for video in found], batch_size=None, collate_fn=decode_one,
+                         num_workers=min(workers or cpus(), len(found)), worker_init_fn=end_when_interrupted,
+                         generator=torch.Generator())
     try:
         return write_packed(out, about, len(found), zip(found, decoded))
     except RuntimeError as error:  # a worker has died
@@ -333,8 +334,8 @@ def write_packed(out, about, count, videos):
         raise DataError(f"--out {out}: expected a name that ends in .npy")
     index = read_json(index_path)
     if (out.exists() or index_path.exists()) and not about.items() <= index.items():
-        raise DataError(f"--out {out}: it or {index_path.name} is there, made from other videos or with other settings; "
-                        "move both away, or give another name")
+        raise DataError(f"--out {out}: it or {index_path.name} is there, made from other videos or with other "
+                        "settings; move both away, or give another name")
     if out.exists():
         print(f"{out} is there already, made by this same command; delete it to make it again")
         return index
@@ -481,9 +482,9 @@ def read_film(path, size):
 
 # ---------------------------------------------------------------------------------------- mazes
 #
-# CELLS x CELLS unit squares with thin walls of many colours, walked through at eye level.
-# Directions are 0 east, 1 north, 2 west, 3 south; turning left adds one. walls[axis, line, cell] says whether a wall
-# stands on the grid line x = line (axis 0) or y = line (axis 1), along the given cell of that line.
+# CELLS x CELLS unit squares with thin walls of many colours, walked through at eye level. Places, cells and headings
+# are complex numbers; directions are 0 east, 1 north, 2 west, 3 south: turning left adds one. walls[axis, line, cell]
+# says whether a wall stands on the grid line x = line (axis 0) or y = line (axis 1), along the given cell of that line.
 
 CELLS = 5               # small, so that a long walk comes back to where it was
 SHORTCUTS = 3           # walls taken out of the perfect maze, so that there are ways round, too
@@ -493,7 +494,7 @@ WALL_HEIGHT = 0.75      # in cells; seen from half of it, so that sky and floor 
 DIM_SIDE = 0.78         # brightness of walls along x against those along y: corners show between equal colours
 DIMMING = 0.22          # brightness falls as 1 / (1 + DIMMING * distance)
 MOST_COMMON = 0.45      # share of walls that have the maze's main colour, its label: the others are its landmarks
-STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))
+STEPS = 1, 1j, -1, -1j  # by direction
 WALL_COLOURS = np.array([(214, 64, 52), (232, 150, 40), (222, 206, 70), (74, 168, 76),
                          (56, 162, 190), (66, 88, 200), (158, 76, 188), (226, 120, 160)], np.float32)
 COLOUR_NAMES = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
@@ -533,26 +534,25 @@ class MazeVideos:
 
 
 def wall_at(cell, direction):
-    """Where in `walls` the wall stands that closes the cell (i, j) in a direction."""
-    axis = direction % 2
-    return axis, cell[axis] + (direction < 2), cell[1 - axis]
+    """Where in `walls` the wall stands that closes a cell in a direction."""
+    axis, place = direction % 2, (int(cell.real), int(cell.imag))
+    return axis, place[axis] + (direction < 2), place[1 - axis]
 
 
 def random_walls(rng):
     """A maze in which every cell can be reached: bool (2, CELLS + 1, CELLS)."""
-    walls, visited = np.ones((2, CELLS + 1, CELLS), bool), set()
+    walls, unvisited = np.ones((2, CELLS + 1, CELLS), bool), {complex(*cell) for cell in np.ndindex(CELLS, CELLS)}
 
-    def visit(i, j):  # depth-first: long corridors, few short dead ends
-        visited.add((i, j))
-        while ahead := [(direction, (i + dx, j + dy)) for direction, (dx, dy) in enumerate(STEPS)
-                        if 0 <= i + dx < CELLS and 0 <= j + dy < CELLS and (i + dx, j + dy) not in visited]:
-            direction, cell = ahead[rng.integers(len(ahead))]
-            walls[wall_at((i, j), direction)] = False
-            visit(*cell)
+    def visit(cell):  # depth-first: long corridors, few short dead ends
+        unvisited.remove(cell)
+        while ahead := [direction for direction, step in enumerate(STEPS) if cell + step in unvisited]:
+            direction = ahead[rng.integers(len(ahead))]
+            walls[wall_at(cell, direction)] = False
+            visit(cell + STEPS[direction])
 
-    visit(0, 0)
+    visit(0)
     for i, j, direction in rng.integers((CELLS - 1, CELLS - 1, 2), size=(SHORTCUTS, 3)):
-        walls[wall_at((i, j), direction)] = False
+        walls[wall_at(complex(i, j), direction)] = False
     return walls
 
 
@@ -572,18 +572,18 @@ def moves():
 def random_path(rng, walls, frames):
     """A walk that never stands still, turns at random and goes back only at dead ends: complex (2, frames), place in
     cells and heading."""
-    i, j = (int(n) for n in rng.integers(CELLS, size=2))
-    direction = next(d for d in range(4) if not walls[wall_at((i, j), (d + 2) % 4)])  # there must be a way in
+    cell = complex(*rng.integers(CELLS, size=2))
+    direction = next(d for d in range(4) if not walls[wall_at(cell, (d + 2) % 4)])  # there must be a way in
     start = int(rng.integers(FRAMES_PER_CELL))
     pieces, total, ways = [], -start, moves()
     while total < frames:
-        open_turns = [turn for turn in (0, 1, 3) if not walls[wall_at((i, j), (direction + turn) % 4)]]
+        open_turns = [turn for turn in (0, 1, 3) if not walls[wall_at(cell, (direction + turn) % 4)]]
         turn = open_turns[rng.integers(len(open_turns))] if open_turns else 2
         # Turned by a multiple of 90 degrees with integers, so that coming back gives the same numbers to the last bit.
-        pieces.append(ways[turn] * complex(*STEPS[direction]) + [[i + 0.5 + (j + 0.5) * 1j], [0]])
+        pieces.append(ways[turn] * STEPS[direction] + [[cell + 0.5 + 0.5j], [0]])
         total += ways[turn].shape[1]
         direction = (direction + turn) % 4
-        i, j = i + STEPS[direction][0], j + STEPS[direction][1]
+        cell += STEPS[direction]
     return np.hstack(pieces)[:, start:start + frames]
 
 

@@ -165,7 +165,7 @@ class I3D(nn.Module):
         # Two time steps at once, stride 1, no padding: inner steps count twice. A mean over time instead is the same at
         # 16 frames and several per cent off at 30.
         x = F.avg_pool3d(x, (2, 7, 7), stride=1)                            # b 1024 ceil(t/8)-1 1 1
-        return logits["conv3d"](x).squeeze(4).squeeze(3).mean(2)       # b 400
+        return logits["conv3d"](x).flatten(2).mean(2)                           # b 400
 
 
 class Mixed(nn.Module):
