@@ -363,7 +363,8 @@ class TemporalAttention(Attention):
     def forward(self, X, bias=None):
         check_frames(X, self.norm)
         f = X.shape[1]
-        size = max(1, min(MAX_SEQUENCES, chunk_size(X.device) // f, MAX_LOGITS // (self.heads * f * f)))
+        # half as many rows as elsewhere: queries, keys and values are wide
+        size = max(1, min(MAX_SEQUENCES, chunk_size(X.device) // (2 * f), MAX_LOGITS // (self.heads * f * f)))
         attend = functools.partial(self.attend, bias=bias)
         return X + by_positions(attend, X, size=None if self.impl == "math" else size)
 
