@@ -85,8 +85,9 @@ def number(kind, least, most, open_end=False):
         except ValueError:
             value = math.nan
         if not least <= value <= most or open_end and value == least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number "
-                                             f"{'above' if open_end else 'from'} {least} to {most:.10g}"
+            whole, bound = "a whole" if kind is int else "a", "above" if open_end else "of at least"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {whole} number {bound} {least}"
+                                             + f", at most {most}" * (most < 2 ** 31 - 1)
                                              + "; put blanks between several" * ("," in text))
         return value
     return parse

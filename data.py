@@ -91,8 +91,8 @@ class PackedVideos:
         self.frames, self.size, self.split = frames, size, split
         self.pixels, videos = read_videos(path, size)
         if self.pixels.shape[1:3] != (size, size):
-            raise DataError(f"--size {size}: {path} holds frames of {self.pixels.shape[1:3]}; use that size if it is "
-                            "square, or pack the videos again")
+            raise DataError(f"--size {size}: {path} holds frames of {self.pixels.shape[1]}x{self.pixels.shape[2]}; "
+                            "give that size if it is square, or pack the videos again")
         self.splits = tuple(sorted({video["split"] for video in videos}))
         chosen = [video for video in videos if split in (video["split"], "all")]
         self.videos = [video for video in chosen if video["length"] >= frames]
@@ -440,7 +440,7 @@ def read_images(path, size):
     """The frames of a video as PIL images, scaled down to no less than twice `size`, or not at all."""
     files, kind = files_of(path), path.suffix.lower()
     if not all(file.is_file() for file in files):  # reading a pipe would wait for ever
-        raise DataError("is not a regular file, or has one among its frames")
+        raise DataError("is not there, or not a regular file")
     if path.is_dir():
         for file in files:
             with Image.open(file) as image:
@@ -635,7 +635,7 @@ def cast(eye, ray, walls):
 def main():
     from command import Parser, non_negative_int, positive_int, zero_to_one
 
-    parser = Parser(description="Packs videos into one .npy file that train.py reads.", epilog="Without it, train.py "
+    parser = Parser(description="Packs videos into one .npy file that train.py reads.", epilog="Without packing, train.py "
                     f"--data FOLDER packs the folder itself, all frames of all videos, into {cache_folder()}.")
     add = parser.add_argument
     add("source", help="a folder of videos, one video, or the word maze for the embedded walks")

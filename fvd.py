@@ -378,7 +378,7 @@ def parse_args():
     add("--real", type=Path, help=".npy of uint8 (n, frames, h, w, 3), packed file, folder of videos")
     add("--fake", type=Path, help="generated videos: the same, such as the .npy that sample.py writes")
     add("--check", action="store_true", help="only compute the published constants with these weights")
-    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--i3d", help="i3d_pretrained_400.pt, or the word download")
     add("--i3d-torchscript", help="StyleGAN-V's i3d_torchscript.pt; it runs code")
     add = parser.add_argument_group("which clips").add_argument
@@ -403,6 +403,8 @@ def parse_args():
     args = parser.parse_args()
     if not args.check and not (args.real and args.fake):
         parser.error("expected --real and --fake, or --check")
+    if not (args.i3d or args.i3d_torchscript):
+        parser.error("FVD needs I3D's weights: --i3d i3d_pretrained_400.pt, or --i3d download, which fetches them")
     return args
 
 

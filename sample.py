@@ -239,7 +239,7 @@ def parse_args(argv=None):
     if args.sampler == "ddpm" and (args.sampling_steps or args.eta is not None):
         parser.error("--sampling-steps and --eta go with --sampler ddim; ddpm takes all steps")
     if bool(args.condition) != bool(args.given):
-        parser.error(f"--condition {args.condition} --given {args.given}: expected both or neither")
+        parser.error("--condition, the clip, and --given, which of its frames to keep, go together")
     if args.out and args.out.suffix != ".npy":
         parser.error(f"--out {args.out}: expected a name that ends in .npy")
     return args
@@ -296,8 +296,8 @@ def main():
     if args.size % factor:
         raise UserError(f"--size {args.size}: this network needs a size divisible by {factor}")
     if args.label and args.label not in classes or args.guidance != 1 and not classes:
-        raise UserError(f"--class {args.label} --guidance {args.guidance:g}: the checkpoint has {len(classes)} classes "
-                        f"(train.py --classes), such as {', '.join(classes[:10]) or 'none'}")
+        raise UserError(f"--class {args.label} --guidance {args.guidance:g}: expected a class of {args.ckpt}, "
+                        + (f"such as {', '.join(classes[:10])}" if classes else "which has none (train.py --classes)"))
     labels = [args.label or classes[i % len(classes)] for i in range(args.num)] if classes else None
     given, clips = read_condition(args) if args.given else ([], [])
     blocks = plan_blocks(args, given)
@@ -383,7 +383,7 @@ def announce(args, ckpt, blocks, batches):
         + (f"; {len(blocks)} blocks of {window} frames" if len(blocks) > 1 else ""))
     if window > config["frames"] or args.size != config["size"]:
         say(f"warning: trained on {config['frames']} frames, {config['size']}x{config['size']}, to draw {window}, "
-            f"{args.size}x{args.size}, at once; --window draws long videos by blocks")
+            f"{args.size}x{args.size}, at once; --window {config['frames']} draws long videos by blocks")
 
 
 def digest(tensors):

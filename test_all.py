@@ -954,9 +954,10 @@ def test_micro_batches_fit_in_memory(gigabytes, parts, recompute, monkeypatch):
 
 
 def test_processes_choose_the_same_micro_batches(monkeypatch):
-    """Of a resumed run they fit here, and not on the other process, which needs 4."""
+    """The resumed run's 2 fit here, and not in the other process, which needs 4."""
     monkeypatch.setattr(train, "step_memory", lambda *args: 0)
-    monkeypatch.setattr(train, "gather", lambda value: [value, False if isinstance(value, bool) else 4])
+    others = iter([False, False, False, True])  # for 2, then 1, 2, 4
+    monkeypatch.setattr(train, "gather", lambda value: [value, next(others)])
     args = train.parse_args("--preset tiny --grad-accum 2".split())
     args.fixed = False
     train.fit_memory(args, torch.device("cpu"))

@@ -116,7 +116,7 @@ def train(args):
     forward = net if world_size == 1 else DistributedDataParallel(net, [device] if device.type == "cuda" else None)
     parameters, ema_parameters = list(net.parameters()), list(ema.parameters())
     indices = range(args.batch_size)[rank * args.batch_size // world_size:][:args.batch_size // world_size]
-    stop_asked = watch_signals()
+    stopping = watch_signals()
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
     pending, timer = [], time.perf_counter()    # losses and gradient norms since the last log line
 
@@ -155,26 +155,26 @@ def train(args):
         def due(every, wanted=True):
             return bool(wanted) and (step % every == 0 or step == args.steps)
 
-        stop = stop_asked()
-        patient = not stop or step == args.steps  # a stop does not wait for samples: a scheduler gives half a minute
-        evaluate, grid = due(args.eval_every, args.eval_clips), due(args.sample_every, args.grid_samples and patient)
-        measure, save = due(args.fvd_every, args.i3d and patient), due(args.save_every) or stop
+        evaluate, grid = due(args.eval_every, args.eval_clips), due(args.sample_every, args.grid_samples)
+        measure, save, stop = due(args.fvd_every, args.i3d), due(args.save_every), any_process(stopping)
         early = step - first_step in (2, 10)  # a run that will take days says so at once
-        if not (early or evaluate or grid or measure or save or due(args.log_every)):
+        if not (early or evaluate or grid or measure or save or stop or due(args.log_every)):
             continue
         record = {"step": step} | mean_and_check(pending, timer, parameters, args)
         if evaluate:
             record |= held_out_loss(ema, diffusion, held_out, args)
-        samples = draw_samples(ema, diffusion, args, args.grid_samples) if grid else None
-        if measure:
-            record["fvd"] = sampled_fvd(ema, i3d, diffusion, videos, args)
+        # a stop does not wait for samples: a scheduler gives half a minute
+        samples = draw_samples(ema, diffusion, args, args.grid_samples, stopping) if grid and not stop else None
+        if measure and not stop and (distance := sampled_fvd(ema, i3d, diffusion, videos, args, stopping)) is not None:
+            record["fvd"] = distance
+        stop = any_process(stopping)
 
         # ---- the checkpoint comes last: it says that all that was due is done
         if rank == 0:
-            if grid:
+            if samples is not None:
                 save_gif(args.out / "samples" / f"step_{step:07d}.gif", samples)
             write_record(record, args, tensorboard)
-            if save:
+            if save or stop:
                 save_checkpoint(args.out, step, config, net, ema, optimizer)
         if stop or step == args.steps:
             break
@@ -243,39 +243,45 @@ def held_out_loss(net, diffusion, videos, args):
     return {"held_out_loss": sum(quartiles) / 4, "held_out_quartiles": quartiles}
 
 
-def draw_samples(net, diffusion, args, count):
-    """Draw the first `count` samples -> uint8 (count, f, h, w, 3). With classes, sample i has the class i mod their
-    number."""
-    say(f"drawing {count} samples")
+def draw_samples(net, diffusion, args, count, stopping):
+    """Draw the first `count` samples -> uint8 (count, f, h, w, 3); None if a stop was asked for meanwhile. With classes,
+    sample i has the class i mod their number."""
+    say(f"drawing {count} samples by {diffusion.T} steps")
     rank, _, world_size = processes()
     share, device = args.batch_size // world_size // args.grad_accum, torch.device(diffusion.device)
-    progress = functools.partial(tqdm, desc="sampling", leave=False, disable=True if rank else None)
-    sample = functools.partial(diffusion.sample, progress=progress)
+
+    def until_stopped(steps):
+        for step in tqdm(steps, desc="sampling", leave=False, disable=True if rank else None):
+            if stopping:
+                break
+            yield step
 
     def samples(mine):
         for indices in (mine[first:first + share] for first in range(0, len(mine), share)):
             labels = torch.tensor([i % len(args.classes) for i in indices], device=device) if args.classes else None
             generators = sample_generators(args.seed, indices, device)
+            sample = functools.partial(diffusion.sample, progress=until_stopped)
             yield from draw(net, sample, (3, args.frames, args.size, args.size), generators, labels)
 
     with autocast(device, args.precision), cached_kernels(net, args.frames):
-        return np.stack(share_out(count, samples))
+        videos = np.stack(share_out(count, samples))
+    return None if any_process(stopping) else videos
 
 
-def sampled_fvd(net, i3d, diffusion, videos, args):
-    """FVD between the first samples and as many training clips. Biased upwards, as they are few: it shows the trend,
-    fvd.py the number."""
-    fake = draw_samples(net, diffusion, args, args.fvd_videos)
+def sampled_fvd(net, i3d, diffusion, videos, args, stopping):
+    """FVD between the first samples and as many training clips; None if a stop was asked for meanwhile. Biased upwards,
+    as they are few: it shows the trend, fvd.py the number."""
+    fake = draw_samples(net, diffusion, args, args.fvd_videos, stopping)
 
     def features(indices):
         return [[fvd.i3d_features(i3d, x[None])[0].numpy() for x in (videos.clip(i), fake[i])] for i in indices]
 
-    return fvd.fvd(*map(np.stack, zip(*share_out(args.fvd_videos, features))))
+    return None if fake is None else fvd.fvd(*map(np.stack, zip(*share_out(args.fvd_videos, features))))
 
 
 def watch_signals():
     """From here on the first Ctrl-C or SIGTERM asks for a stop after the current step; a second one of the same kind
-    exits at once. -> a function that tells whether any process was asked."""
+    exits at once. -> the set of the signals that have come."""
     received = set()
 
     def on_signal(number, frame):
@@ -284,16 +290,18 @@ def watch_signals():
         received.add(number)
         say("stopping after this step; again to stop at once", file=sys.stderr)
 
-    def stop_asked():
-        asked = torch.tensor(len(received))
-        if dist.is_initialized():
-            dist.all_reduce(asked)  # on the CPU, by gloo
-        return asked.item() > 0
-
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, on_signal)
-    return stop_asked
+    return received
+
+
+def any_process(flag):
+    """Whether it is true of any process."""
+    flag = torch.tensor(bool(flag), dtype=torch.int)
+    if dist.is_initialized():
+        dist.all_reduce(flag)  # on the CPU, by gloo
+    return flag.item() > 0
 
 
 # ---------------------------------------------------------------------------------------- data and run folder
@@ -461,37 +469,36 @@ def fit_memory(args, device):
     with torch.device("meta"):
         gradients = 4 * count_parameters(UNet3D(config))
 
-    def takes(clips, recompute):
+    @functools.cache
+    def count(clips, recompute):
         shape = clips, config.video_channels, args.frames, args.size, args.size
-        earlier = clips < share  # the gradients of the micro-batches before are there, and DDP has a copy of them
-        return step_memory(config, shape, device, precision, recompute) + (earlier + (world_size > 1)) * gradients
+        return step_memory(config, shape, device, precision, recompute)
 
-    def line(expected):
-        how = ", recomputing blocks" if args.grad_checkpoint else ""
-        memory = f"; each process takes about {expected / 2**30:.1f} GB of {limit / 2**30:.1f}" if expected else ""
-        return (f"global batch {args.batch_size} = {world_size} processes x {args.grad_accum} micro-batches of "
-                f"{share // args.grad_accum} clips{how}; {device.type}, {precision}{memory}")
+    def takes(clips, recompute):
+        memory, earlier = count(share, recompute), clips < share
+        if earlier:  # what a step takes is linear in its clips
+            one = count(1, recompute)
+            memory = one + (memory - one) * (clips - 1) / (share - 1)
+        # the gradients of the micro-batches before are there, and DDP has a copy of them
+        return memory + (earlier + (world_size > 1)) * gradients
 
+    choices = [(parts, recompute) for recompute in sorted({bool(args.grad_checkpoint), True})
+               for parts in range(1, share + 1) if share % parts == 0]
     if args.grad_accum and share % args.grad_accum == 0:
-        expected = takes(share // args.grad_accum, args.grad_checkpoint) if args.dry_run or not args.fixed else None
+        choices.insert(0, (args.grad_accum, args.grad_checkpoint))
+    for parts, recompute in choices:
+        expected = None if args.fixed and not args.dry_run else takes(share // parts, recompute)
         if args.fixed or all(gather(expected <= limit)):  # on every process, or on none
-            return line(expected)
-        say("the micro-batches of this run do not fit here: others give the same sums but for their last bits")
-    for recompute in sorted({bool(args.grad_checkpoint), True}):
-        parts, expected = 1, takes(share, recompute)
-        if expected > limit and share > 1:
-            one = takes(1, recompute)
-            per_clip = (expected + gradients - one) / (share - 1)
-            sizes = [share // n for n in range(2, share + 1) if share % n == 0]
-            clips = next((clips for clips in sizes if one + (clips - 1) * per_clip <= limit), 1)
-            parts, expected = share // clips, one + (clips - 1) * per_clip
-        if expected <= limit:
             break
     else:
         raise UserError(f"a training step takes {expected / 2**30:.1f} GB even with single clips and recomputation; "
                         f"{limit / 2**30:.1f} GB are free; try a smaller --frames, --size or --base-channels")
-    args.grad_accum, args.grad_checkpoint = max(gather(parts)), any(gather(recompute))
-    return line(expected)
+    if args.grad_accum not in (None, parts):
+        say("the micro-batches of this run do not fit here: others give the same sums but for their last bits")
+    args.grad_accum, args.grad_checkpoint = parts, recompute
+    return (f"global batch {args.batch_size} = processes {world_size} x micro-batches {parts} x clips {share // parts}"
+            + (", recomputing blocks" if recompute else "") + f"; {device.type}, {precision}"
+            + (f"; each process takes about {expected / 2**30:.1f} GB of {limit / 2**30:.1f}" if expected else ""))
 
 
 def describe(args, net):
