@@ -2083,6 +2083,37 @@ def test_the_widest_network_within_a_budget(monkeypatch, capsys):
         assert f"| train | 5 | ssm | ours | {cells} |" in capsys.readouterr().out.splitlines()
 
 
+# ------------------------------------------------------------------------------------------------ the paired study
+
+
+def test_the_study_measures_differences_of_runs_with_one_seed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "step_memory", lambda *args: 0)
+    flags = ("--layers ssm ssm-unidirectional --seeds 0 1 --steps 1 --samples 2 --base-channels 8 --eval-clips 2 "
+             f"--diffusion-steps 4 --frames 6 --out {tmp_path}")
+    monkeypatch.setattr(sys, "argv", ["study.py", *flags.split()])
+    study = runpy.run_path(str(HERE / "results" / "study.py"))
+    study["main"]()
+    tables = capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text().splitlines()]
+    both, one = (np.array([record["loss"] for record in records if record["layer"] == layer])
+                 for layer in ("ssm", "ssm-unidirectional"))
+    difference = 100 * (one / both - 1)                                                     # seeds, all t and quartiles
+    assert difference.shape == (2, 5) and (difference != 0).all()
+    mean, error = difference.mean(0), abs(difference[0] - difference[1]) / 2
+    cells = " | ".join(f"{a:+.1f} ± {b:.1f}" for a, b in zip(mean, error))
+    assert f"| ssm-unidirectional − ssm | 1 | 2 | {cells} |" in tables
+    for record in records:  # the same clips, timesteps and noise as in train.py's held-out loss
+        assert np.mean(record["frames"], 1) == pytest.approx(record["loss"][1:], rel=1e-4)
+    study["main"]()
+    assert tables.splitlines()[-8:] == capsys.readouterr().out.splitlines()[-8:]  # nothing is trained again
+    videos = np.stack([MazeVideos(16, 8, "test").clip(i) for i in range(16)])
+    assert 2 * study["unexplained"](videos).mean() < study["unexplained"](videos[:, ::5]).mean()
+    wide = np.random.default_rng(0).integers(0, 256, (1, 8, 24, 3), dtype=np.uint8)
+    by_one, by_two = (study["unexplained"](np.stack([wide[:, :, s * k:][:, :, :8] for k in range(8)], 1)).mean()
+                      for s in (1, 2))
+    assert 5 * by_one < by_two  # a column moves on by one, and is explained; all but the newest one
+
+
 # ------------------------------------------------------------------------------------------------ files that travel
 
 

@@ -1,0 +1,194 @@
+"""The paired study of temporal layers on mazes: which of the paper's claims show at small scale?
+
+    OMP_NUM_THREADS=1 python results/study.py                     # trains, draws, measures, prints the tables
+    python results/study.py --steps 3000 --seeds 0 1 2 3 4        # goes on from there
+    python results/study.py --layers ssm ssm-unidirectional       # two layers; further flags go to train.py
+
+Runs of one seed see the same clips, timesteps and noise whatever their layer, and all runs the same held-out clips: so
+the difference between two layers of one seed is far sharper than either. Each run is a folder OUT/LAYER/SEED and
+resumes when the same command is given again. OUT/study.jsonl holds all numbers, OUT/study.png the curves.
+
+Glossary
+    difference        held-out loss of a layer minus that of ssm with the same seed, in per cent of the latter
+    quartile          of the diffusion step t: the first is nearly clean, the last nearly noise
+    ±                 the standard error of a mean over seeds
+    unexplained       of a frame, what is nowhere near the same place in the frame before, in grey levels of 255: the
+                      mean over pixels of the least difference to the pixels at most `REACH` columns away there
+"""
+import argparse
+import functools
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from command import positive_int, run, whole_file
+from data import MazeVideos, to_float
+from diffusion import Diffusion, sample_generators, training_noise
+from s4d import cached_kernels
+from sample import draw, load_checkpoint, load_network
+from train import parse_args, train
+
+LAYERS = {"ssm": ["--temporal", "ssm"],
+          "ssm-unidirectional": ["--temporal", "ssm", "--unidirectional"],
+          "ssm-mlp-layers-0": ["--temporal", "ssm", "--mlp-layers", "0"],
+          "attention": ["--temporal", "attention"],
+          "linear-attention": ["--temporal", "linear-attention"],
+          "mamba": ["--temporal", "mamba"],
+          "mamba-unidirectional": ["--temporal", "mamba", "--unidirectional"]}
+PAIRS = [(name, "ssm") for name in LAYERS if name != "ssm"] + [("mamba-unidirectional", "mamba")]
+NETWORK = ("--preset tiny --size 8 --frames 16 --base-channels 16 --channel-mults 1 2 --batch-size 4 --ema-decay 0.98 "
+           "--precision float32 --workers 0 --grid-samples 0 --eval-clips 64 --eval-every 250 --save-every 250").split()
+REACH = 1
+PLACES = {"first 2": slice(0, 2), "others": slice(2, -2), "last 2": slice(-2, None)}  # frames of a clip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=positive_int, default=1000, help="of training (1000)")
+    parser.add_argument("--samples", type=positive_int, default=64, help="videos drawn from each network (64)")
+    parser.add_argument("--out", type=Path, default=Path("out/study"))
+    flags, others = parser.parse_known_args()
+    records = []
+    for seed in flags.seeds:
+        for layer in flags.layers:
+            records += measure(layer, seed, flags, others)
+    with whole_file(flags.out / "study.jsonl", "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    report(records, flags)
+
+
+def measure(layer, seed, flags, others):
+    """Train, unless that is done -> a record for every held-out loss in the run's log, the last of them with what is
+    measured on the trained network."""
+    out = flags.out / layer / str(seed)
+    log = out / "log.jsonl"
+
+    def held_out():
+        lines = map(json.loads, log.read_text().splitlines()) if log.exists() else []
+        return [line for line in lines if "held_out_loss" in line and line["step"] <= flags.steps]
+
+    if not held_out() or held_out()[-1]["step"] < flags.steps:
+        train(parse_args([*NETWORK, *LAYERS[layer], "--seed", str(seed), "--steps", str(flags.steps), "--out", str(out),
+                          *others]))
+        if held_out()[-1]["step"] < flags.steps:
+            sys.exit("interrupted; the same command goes on")
+    records = [{"layer": layer, "seed": seed, "step": line["step"],
+                "loss": [line["held_out_loss"], *line["held_out_quartiles"]]} for line in held_out()]
+    last, path = records[-1], out / f"trained-{flags.steps}-{flags.samples}.json"
+    if not path.exists():
+        print(f"drawing {flags.samples} videos from {out}", flush=True)
+        measured = measure_network(out / "ckpt.pt", flags.samples)
+        with whole_file(path, "w") as file:
+            json.dump(measured, file)
+    last |= json.loads(path.read_text())
+    return records
+
+
+@torch.no_grad()
+def measure_network(path, count):
+    """-> {"frames": held-out loss by quartile of t and frame, "unexplained": of `count` samples by frame}."""
+    ckpt = load_checkpoint(path)
+    net, config = load_network(ckpt), ckpt["config"]
+    shape = 3, config["frames"], config["size"], config["size"]
+    diffusion, videos = Diffusion(config["diffusion_steps"]), MazeVideos(*shape[1:3], "test")
+    sample = functools.partial(diffusion.sample, steps=min(50, diffusion.T), eta=1)
+    losses, samples = torch.zeros(4, shape[1]), []
+    with cached_kernels(net, shape[1]):
+        for i in range(config["eval_clips"]):  # the clips, timesteps and noise of train.held_out_loss
+            x_0 = to_float(torch.from_numpy(videos.clip(i)))[None]
+            for quartile in range(4):
+                t, noise = training_noise(x_0.shape[1:], "held-out", quartile, [i], diffusion.T)
+                t = (quartile * diffusion.T + t) // 4
+                error = net(diffusion.q_sample(x_0, t, noise), t) - noise
+                losses[quartile] += error.square().mean((0, 1, 3, 4)) / config["eval_clips"]
+        for first in range(0, count, 16):
+            generators = sample_generators(0, range(first, min(first + 16, count)), "cpu")
+            samples.append(draw(net, sample, shape, generators))
+    return {"frames": losses.tolist(), "unexplained": unexplained(np.concatenate(samples)).tolist()}
+
+
+def unexplained(videos):
+    """uint8 (n, f, h, w, 3) -> (f - 1,), see the glossary."""
+    before, after = videos[:, :-1].astype(float), videos[:, 1:].astype(float)
+    padded, width = np.pad(before, ((0, 0), (0, 0), (0, 0), (REACH, REACH), (0, 0)), mode="edge"), videos.shape[3]
+    shifted = [np.abs(after - padded[:, :, :, shift:shift + width]).mean(-1) for shift in range(2 * REACH + 1)]
+    return np.min(shifted, 0).mean((0, 2, 3))
+
+
+def paired(records, pair, step, value):
+    """The difference of the two layers of a pair in value(record), for each seed that has both -> mean, ±, both in per
+    cent, and the number of seeds."""
+    values = [{record["seed"]: np.array(value(record)) for record in records if record["step"] == step
+               and record["layer"] == layer} for layer in pair]
+    seeds = values[0].keys() & values[1].keys()
+    differences = np.array([100 * (values[0][seed] / values[1][seed] - 1) for seed in sorted(seeds)])
+    return differences.mean(0), differences.std(0, ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else None, len(seeds)
+
+
+def report(records, flags):
+    """Print the tables, in Markdown; draw the curves, if matplotlib is there."""
+    pairs = [pair for pair in PAIRS if {*pair} <= {*flags.layers}]
+    steps = sorted({record["step"] for record in records})
+    cell = "{:+.1f} ± {:.1f}".format
+    print("\n| % of held-out loss | step | seeds | all t | quartile 1 | 2 | 3 | 4 |\n|" + "---|" * 8)
+    for pair in pairs:
+        for step in steps:
+            mean, error, seeds = paired(records, pair, step, lambda record: record["loss"])
+            if error is not None:
+                print(f"| {pair[0]} − {pair[1]} | {step} | {seeds} | " + " | ".join(map(cell, mean, error)) + " |")
+
+    trained = [record for record in records if record["step"] == flags.steps]
+    print(f"\n| % of loss by frame, step {flags.steps} | "
+          + " | ".join(f"quartile {quartile}: {place}" for quartile in (3, 4) for place in PLACES) + " |\n|" + "---|" * 7)
+    for pair in pairs:
+        mean, error, _ = paired(trained, pair, flags.steps, lambda record: [
+            np.mean(record["frames"][quartile - 1][place]) for quartile in (3, 4) for place in PLACES.values()])
+        if error is not None:
+            print(f"| {pair[0]} − {pair[1]} | " + " | ".join(map(cell, mean, error)) + " |")
+
+    config = load_checkpoint(flags.out / flags.layers[0] / str(flags.seeds[0]) / "ckpt.pt")["config"]
+    mazes = MazeVideos(config["frames"], config["size"], "test")
+    real = np.stack([mazes.clip(1, i) for i in range(4 * flags.samples)])
+    order = np.random.default_rng(0).permuted(np.tile(np.arange(config["frames"]), (len(real), 1)), axis=1)
+    shuffled = np.take_along_axis(real, order[:, :, None, None, None], 1)
+    print(f"\n| unexplained, of 255 | mean over frames and seeds | − ssm |\n|---|---|---|\n"
+          f"| mazes | {unexplained(real).mean():.2f} | |\n| their frames shuffled | {unexplained(shuffled).mean():.2f} | |")
+    for layer in flags.layers:
+        values = {record["seed"]: np.mean(record["unexplained"]) for record in trained if record["layer"] == layer}
+        line = f"| {layer} | {np.mean([*values.values()]):.2f} |"
+        if layer != "ssm" and "ssm" in flags.layers:
+            mean, error, _ = paired(trained, (layer, "ssm"), flags.steps, lambda record: np.mean(record["unexplained"]))
+            line += f" {cell(mean, error)} % |" if error is not None else " |"
+        print(line)
+    if importlib.util.find_spec("matplotlib"):
+        draw_curves(records, pairs, steps, flags.out / "study.png")
+
+
+def draw_curves(records, pairs, steps, path):
+    """A panel for each quartile, and one for all t: the differences against the step, with their standard errors."""
+    from matplotlib.figure import Figure
+    figure = Figure((14, 3.5), layout="constrained")
+    panels = figure.subplots(1, 5, sharex=True)
+    for i, (panel, title) in enumerate(zip(panels, ["all t", *(f"quartile {q} of t" for q in (1, 2, 3, 4))])):
+        for pair in pairs:
+            found = [(step, *paired(records, pair, step, lambda record: record["loss"])) for step in steps]
+            points = [(step, mean[i], error[i]) for step, mean, error, _ in found if error is not None]
+            if points:
+                panel.errorbar(*zip(*points), label=f"{pair[0]} − {pair[1]}", capsize=2, linewidth=1)
+        panel.axhline(0, color="grey", linewidth=0.5)
+        panel.set(title=title, xlabel="step", ylabel="% of held-out loss" if i == 0 else None)
+    panels[-1].legend(fontsize=6)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+if __name__ == "__main__":
+    run("study.py", main)
