@@ -252,8 +252,10 @@ def parse_args():
     parser = Parser("bench.py", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                     epilog="All other flags are train.py's: --preset, --base-channels, --size, --device ...")
     add = parser.add_argument
-    add("--what", nargs="+", choices=("train", "sample", "layer"), default=["train", "sample"], help="training steps, denoising steps, single layers")
-    add("--temporal", nargs="+", default=["ssm", "attention", "linear-attention"], help="layers; quoted, with flags: 'ssm --skip norm'")
+    add("--what", nargs="+", choices=("train", "sample", "layer"), default=["train", "sample"],
+        help="training steps, denoising steps, single layers")
+    add("--temporal", nargs="+", default=["ssm", "attention", "linear-attention"],
+        help="layers; quoted, with flags: 'ssm --skip norm'")
     add("--frames", nargs="+", type=positive_int, default=[16, 64, 200, 400], help="of the video")
     add("--channels", type=positive_int, default=64, help="width of the layer, for --what layer")
     add("--baseline", action="store_true", help="also the textbook form of each layer, and ratios to it")

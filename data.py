@@ -635,7 +635,7 @@ def cast(eye, ray, walls):
 def main():
     from command import Parser, non_negative_int, positive_int, zero_to_one
 
-    parser = Parser(description="Packs videos into one .npy file that train.py reads.", epilog="Without packing, train.py "
+    parser = Parser(description="Packs videos into one .npy file that train.py reads.", epilog="train.py "
                     f"--data FOLDER packs the folder itself, all frames of all videos, into {cache_folder()}.")
     add = parser.add_argument
     add("source", help="a folder of videos, one video, or the word maze for the embedded walks")

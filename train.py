@@ -244,8 +244,8 @@ def held_out_loss(net, diffusion, videos, args):
 
 
 def draw_samples(net, diffusion, args, count, stopping):
-    """Draw the first `count` samples -> uint8 (count, f, h, w, 3); None if a stop was asked for meanwhile. With classes,
-    sample i has the class i mod their number."""
+    """Draw the first `count` samples -> uint8 (count, f, h, w, 3); None if a stop was asked for meanwhile. With
+    classes, sample i has the class i mod their number."""
     say(f"drawing {count} samples by {diffusion.T} steps")
     rank, _, world_size = processes()
     share, device = args.batch_size // world_size // args.grad_accum, torch.device(diffusion.device)
