@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_map_only
 
 import bench
 import command
@@ -173,9 +173,7 @@ def use_chunks_of(rows, monkeypatch):
     ("mamba", model.TemporalMamba, MAMBA_NAMES, {"bidirectional": False}),
     ("bimamba", model.TemporalMamba, MAMBA_NAMES, {}),
     ("bimamba_mlp_dim", model.TemporalMamba, MAMBA_NAMES, {"mlp_dim": 12})])
-@pytest.mark.parametrize("rows", [7, 4096])
-def test_reference_ssms(tag, layer, names, settings, rows, no_norm, monkeypatch):
-    use_chunks_of(rows, monkeypatch)
+def test_reference_ssms(tag, layer, names, settings, no_norm, monkeypatch):
     archive = np.load(REFERENCE / "layers.npz")
     mlp = {"mlp_dim": 12} if layer is TemporalSSM else {}
     layer = layer(8, state_size=16, **mlp | settings)
@@ -183,6 +181,7 @@ def test_reference_ssms(tag, layer, names, settings, rows, no_norm, monkeypatch)
     x, y = (torch.from_numpy(archive[f"{tag}/{key}"]) for key in ("in", "out"))                     # b f c
     assert relative(layer(x) - x, y) < 1e-5
     x, y = (z.transpose(0, 1)[None].repeat(1, 1, 7, 1) for z in (x, y))                             # 1 f 7b c
+    use_chunks_of(47, monkeypatch)
     assert relative(layer(x) - x, y) < 1e-5  # as many positions as frames: by Toeplitz matrix
 
 
@@ -302,14 +301,19 @@ def test_s4d_is_the_state_recurrence(L, reverse):
         assert_same_function(y[:, :, 0], expected, [u, *ssm.kernel.parameters(), ssm.D])
 
 
+def memory_of(function, *inputs):
+    """-> the bytes that are kept for the backward pass, and the most that exist at once."""
+    with LiveMemory() as memory:
+        y = function(*inputs)
+        kept = memory.live
+        y.square().sum().backward()
+    return kept, memory.peak
+
+
 def test_neither_the_vandermonde_tensor_nor_the_states_of_s6_exist_whole():
-    kernel, s6 = S4DKernel(4, state_size=64), s4d.S6(64, dt_rank=1)
-    with LiveMemory() as memory:
-        kernel(400).sum().backward()
-    assert memory.peak < 0.6 * 8 * 4 * 32 * 400
-    with LiveMemory() as memory:
-        s6(torch.randn(192, 64, 64, requires_grad=True)).square().sum().backward()
-    assert memory.peak < 4 * 16 * 192 * 64 * 64
+    kernel, s6 = S4DKernel(4, state_size=64), s4d.S6(32, dt_rank=1)
+    assert memory_of(kernel, 400)[1] < 0.6 * 8 * 4 * 32 * 400
+    assert memory_of(s6, torch.randn(384, 32, 32, requires_grad=True))[1] < 4 * 16 * 384 * 32 * 32
 
 
 @pytest.mark.parametrize("frames", [16, 200, 400])
@@ -327,8 +331,7 @@ def test_bfloat16_autocast(frames, positions):
 @pytest.mark.parametrize("settings", [{}, {"mlp_layers": 0}, {"mlp_layers": 1}, {"mlp_position": "pre"},
                                       {"mlp_position": "pre", "mlp_layers": 1}, {"skip": "norm"}])
 @pytest.mark.parametrize("bidirectional", [False, True])
-@pytest.mark.parametrize("shape", [(2, 5, 4, 2, 6), (1, 9, 2, 2, 6), (2, 1, 1, 1, 6)])
-@pytest.mark.parametrize("rows", [7, 4096])
+@pytest.mark.parametrize("shape, rows", [((2, 5, 4, 2, 6), 7), ((1, 9, 2, 2, 6), 4096), ((2, 1, 1, 1, 6), 4096)])
 def test_temporal_ssm_is_the_textbook_layer(settings, bidirectional, shape, rows, monkeypatch):
     use_chunks_of(rows, monkeypatch)
     layer = randomise(TemporalSSM(6, state_size=10, mlp_dim=7, bidirectional=bidirectional, **settings)).double()
@@ -341,28 +344,19 @@ def test_temporal_ssm_is_the_textbook_layer(settings, bidirectional, shape, rows
 @pytest.mark.parametrize("layer", [TemporalSSM(4, state_size=4, mlp_dim=64), model.SpatialLinearAttention(4, heads=2)])
 def test_wide_hidden_layers_never_exist_whole_and_memory_grows_evenly(layer, monkeypatch):
     use_chunks_of(64, monkeypatch)
-    kept, peaks = [], []
-    for frames in (4, 8, 12, 16):
-        with LiveMemory() as memory:
-            y = layer(torch.randn(1, frames, 8, 8, 4, requires_grad=True))
-            kept.append(memory.live)
-            y.square().sum().backward()
-        peaks.append(memory.peak)
+    memory = [memory_of(layer, torch.randn(1, frames, 8, 8, 4, requires_grad=True)) for frames in (4, 8, 12)]
     hidden = 4 * 64 * 4 * 8 * 8  # bytes of 4 more frames: each has a layer of 64 channels or more
-    for values in (kept, peaks):
+    for values in zip(*memory):
         assert all(0 < more - fewer < 0.7 * hidden for fewer, more in zip(values, values[1:]))
 
 
 @pytest.mark.parametrize("impl, power", [("sdpa", 1), ("math", 2)])
-def test_memory_of_attention_against_frames(impl, power):
-    layer = model.TemporalAttention(4, heads=2, head_dim=32, impl=impl)
-    kept = []
-    for frames in (256, 512):
-        with LiveMemory() as memory:
-            y = layer(torch.randn(1, frames, 8, 8, 4), torch.randn(2, frames, frames, requires_grad=True))
-            kept.append(memory.live)
-        del y
-    assert abs(math.log2(kept[1] / kept[0]) - power) < 0.3
+def test_memory_of_attention_against_frames(impl, power, monkeypatch):
+    use_chunks_of(1024, monkeypatch)
+    layer = model.TemporalAttention(4, heads=2, head_dim=16, impl=impl)
+    fewer, more = (memory_of(layer, torch.randn(1, frames, 4, 2, 4), torch.randn(2, frames, frames, requires_grad=True))
+                   for frames in (128, 256))
+    assert abs(math.log2(more[0] / fewer[0]) - power) < 0.3
 
 
 def test_kernels_are_computed_once_for_all_sampling_steps(monkeypatch):
@@ -388,13 +382,10 @@ def selective_recurrence(u, dt, A, B, C, D, reverse=False):
 
 @pytest.mark.parametrize("L", [1, 2, 33])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_s6_is_the_selective_recurrence(L, reverse, chunks, monkeypatch):
+def test_s6_is_the_selective_recurrence(L, reverse, monkeypatch):
     ssm = randomise(s4d.S6(5, state_size=4, dt_rank=2, reverse=reverse)).double()
     u = torch.randn(6, L, 5, dtype=torch.float64, requires_grad=True)
-    if chunks > 1:
-        by_positions = s4d.by_positions
-        monkeypatch.setattr(s4d, "by_positions", lambda scan, u, size: by_positions(scan, u, size=2))
+    monkeypatch.setattr(s4d, "by_positions", lambda scan, u, size, plain=s4d.by_positions: plain(scan, u, 2))
     dt, B, C = (u @ ssm.x_proj.weight.T).split(ssm.sizes, -1)
     dt = torch.log1p(torch.exp(dt @ ssm.dt_proj.weight.T + ssm.dt_proj.bias))
     expected = selective_recurrence(u, dt, -ssm.A_log.exp(), B, C, ssm.D, reverse)
@@ -418,11 +409,16 @@ def test_s6_by_the_kernel_of_mamba_ssm(monkeypatch):
 # ------------------------------------------------------------------------------------------------ model
 
 
+def in_dtype(net, dtype):
+    """Weights and all activations, also the embedding of t, which is float32 otherwise."""
+    net.time_mlp.register_forward_pre_hook(lambda module, args: args[0].to(dtype))
+    return net.to(dtype)
+
+
 @pytest.mark.parametrize("grad_checkpoint", [False, True])
 @pytest.mark.parametrize("temporal", ["ssm", "attention", "linear-attention"])
 def test_the_network_is_the_textbook_network(temporal, grad_checkpoint):
-    net = randomise(UNet3D(UNetConfig(temporal=temporal, **TINY), grad_checkpoint)).double()
-    net.time_mlp.register_forward_pre_hook(lambda module, args: args[0].double())  # the embedding of t is float32
+    net = in_dtype(randomise(UNet3D(UNetConfig(temporal=temporal, **TINY), grad_checkpoint)), torch.float64)
     x, t = torch.randn(2, 3, 5, 4, 4, dtype=torch.float64, requires_grad=True), torch.arange(2)
     plain = bench.use_textbook(copy.deepcopy(net, {id(p): p for p in net.parameters()}))  # the same parameters
     assert sum("forward" in vars(module) for module in plain.modules()) > 20 and not plain.grad_checkpoint
@@ -431,7 +427,7 @@ def test_the_network_is_the_textbook_network(temporal, grad_checkpoint):
 
 def gradients(net, x, t, **settings):
     with torch.autocast(x.device.type, torch.bfloat16, **settings):
-        y = net(x, t).float()
+        y = s4d.at_least_float32(net(x, t))
     return [y.detach(), *torch.autograd.grad(y.square().mean(), list(net.parameters()))]
 
 
@@ -476,59 +472,38 @@ def test_classes_are_added_to_the_time_embedding():
 
 
 class CudaAutocast(TorchFunctionMode):
-    """CUDA's autocast rules, as far as the network meets them, on any device."""
+    """CUDA's autocast rules, as far as the network meets them in a forward pass, on any device."""
     HALF = {F.linear, F.conv2d, F.conv3d, F.conv_transpose2d, torch.matmul, torch.Tensor.matmul, torch.bmm,
             torch.Tensor.__matmul__, torch.baddbmm, torch.einsum, F.scaled_dot_product_attention}
     FULL = {F.group_norm, F.layer_norm, torch.softmax, torch.Tensor.softmax, torch.exp, torch.Tensor.exp, torch.expm1,
             F.softplus, torch.sum, torch.Tensor.sum, torch.rsqrt, torch.Tensor.rsqrt}
     enabled = True
 
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.cache = {}
-        monkeypatch.setattr(s4d, "checkpoint", self.checkpoint)
-        for module in (s4d, model):
-            monkeypatch.setattr(module, "autocast_off", self.off)
-
     def __torch_function__(self, function, types, args=(), kwargs=None):
         dtype = torch.bfloat16 if function in self.HALF else torch.float32 if function in self.FULL else None
-        cast = functools.partial(self.cast, dtype=dtype) if self.enabled and dtype else lambda x: x
-        return function(*map(cast, args), **{name: cast(value) for name, value in (kwargs or {}).items()})
-
-    def cast(self, x, dtype):
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dtype == dtype:
-            return x
-        if not x.is_leaf or not x.requires_grad:
-            return x.to(dtype)
-        if (x, dtype) not in self.cache:  # a weight is cast once
-            self.cache[x, dtype] = x.to(dtype)
-        return self.cache[x, dtype]
+        if self.enabled and dtype:
+            args, kwargs = tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x,
+                                         (args, kwargs or {}))
+        return function(*args, **kwargs or {})
 
     @contextlib.contextmanager
     def off(self, device):
         before, self.enabled = self.enabled, False
-        try:
-            yield
-        finally:
-            self.enabled = before
-
-    def checkpoint(self, function, *args, **settings):
-        def under_the_rules(*args):
-            with self:
-                return function(*args)
-        return checkpoint(under_the_rules, *args, **settings)
+        yield
+        self.enabled = before
 
 
 @pytest.mark.parametrize("temporal", model.TEMPORAL_LAYERS)
-@pytest.mark.parametrize("form", ["native", "framewise"])
-def test_the_residual_stream_is_bfloat16_under_cudas_rules(temporal, form, monkeypatch):
-    monkeypatch.setattr(model, "native_group_norm", getattr(model, f"{form}_group_norm"))
-    net, dtypes = UNet3D(UNetConfig(temporal, **TINY)), []
+def test_the_residual_stream_is_bfloat16_under_cudas_rules(temporal, monkeypatch):
+    monkeypatch.setattr(model, "native_group_norm", model.framewise_group_norm)
+    net, dtypes, rules = UNet3D(UNetConfig(temporal, **TINY)), [], CudaAutocast()
     for module in net.modules():
         if isinstance(module, (model.ResNetBlock, model.Block, model.SpatialLinearAttention, model.SpatialAttention)) \
                 or "Temporal" in type(module).__name__:
             module.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
-    with CudaAutocast(monkeypatch):
+    for module in (s4d, model):
+        monkeypatch.setattr(module, "autocast_off", rules.off)
+    with rules:
         y = net(torch.randn(1, 3, 3, 8, 8), torch.tensor([3]))
     assert len(dtypes) > 20 and set(dtypes) == {torch.bfloat16} == {y.dtype}
 
@@ -541,15 +516,14 @@ class Counted(LiveMemory):
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
-@pytest.mark.parametrize("grad_checkpoint, gigabytes, operations", [(False, 55, 18_800), (True, 14, 25_300)])
-def test_a_step_of_the_papers_longest_videos_on_a_gpu(grad_checkpoint, gigabytes, operations, monkeypatch):
-    """minerl-400 in bf16, on tensors without data."""
+def test_a_step_of_the_papers_longest_videos_on_a_gpu():
+    """minerl-400 in bf16 with --grad-checkpoint, at half its size and levels, on tensors without data."""
     with torch.device("meta"):
-        net = UNet3D(UNetConfig(), grad_checkpoint)
-        x, t = torch.empty(8, 3, 400, 32, 32), torch.zeros(8, dtype=torch.long)
-    with Counted() as counted, CudaAutocast(monkeypatch):
+        net = in_dtype(UNet3D(UNetConfig(channel_mults=(1, 2)), grad_checkpoint=True), torch.bfloat16)
+        x, t = torch.empty(8, 3, 400, 16, 16, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.long)
+    with Counted() as counted:
         (net(x, t).float() - x).square().mean().backward()
-    assert counted.peak < gigabytes * 1e9 and counted.operations < operations
+    assert counted.peak < 4.5e9 and counted.operations < 12_000
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU
@@ -564,10 +538,7 @@ def test_gpu_network_in_float32_is_the_cpus_in_float64(temporal, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     net, x, t = randomise(UNet3D(UNetConfig(temporal, **TINY))), torch.randn(2, 3, 37, 8, 8), torch.tensor([3, 200])
     ours = gradients(copy.deepcopy(net).cuda(), x.cuda(), t.cuda(), enabled=False)
-    net.double().time_mlp.register_forward_pre_hook(lambda module, args: args[0].double())
-    with torch.autocast("cpu", enabled=False):
-        y = net(x.double(), t)
-    expected = [y.detach(), *torch.autograd.grad(y.square().mean(), list(net.parameters()))]
+    expected = gradients(in_dtype(net, torch.float64), x.double(), t, enabled=False)
     assert relative(ours[0].cpu().double(), expected[0]) < 1e-5
     scale = max(gradient.norm() for gradient in expected[1:])
     for our, gradient in zip(ours[1:], expected[1:]):
@@ -628,25 +599,10 @@ def test_gpu_sample_i_does_not_depend_on_its_batch(frames):
 
 
 @gpu
-def test_gpu_resume_is_bitwise_with_deterministic_convolutions(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    process = Diffusion(8, "cuda")
-
-    def trained(state, steps):
-        net = UNet3D(UNetConfig(**TINY)).cuda()
-        optimizer = torch.optim.Adam(net.parameters(), fused=True)
-        if state:
-            net.load_state_dict(state[0]), optimizer.load_state_dict(state[1])
-        for step in steps:
-            t, noise = training_noise((3, 5, 8, 8), 0, step, range(2), 8, "cuda")
-            process.loss(net, noise.sin(), t, noise).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return copy.deepcopy((net.state_dict(), optimizer.state_dict()))
-
-    start = trained(None, [])
-    once, twice = trained(start, range(6))[0], trained(trained(start, range(3)), range(3, 6))[0]
-    assert all(torch.equal(once[name], twice[name]) for name in once)
+def test_gpu_resume_is_bitwise_if_deterministic(tmp_path):
+    for steps, out in ((4, "whole"), (2, "run"), (4, "run")):
+        run_train("--steps", steps, "--out", tmp_path / out, "--device", "cuda", "--deterministic", *NO_SAMPLES)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------ diffusion
@@ -775,7 +731,7 @@ def test_given_frames_stay_and_draw_the_others(settings):
 
 
 TRAIN = ("--frames 5 --size 8 --base-channels 8 --channel-mults 1 --time-dim 16 --heads 1 --state-size 8 --mlp-dim 8 "
-         "--diffusion-steps 8 --batch-size 4 --workers 0 --log-every 1 --eval-every 2 --sample-every 2 --save-every 2 "
+         "--diffusion-steps 4 --batch-size 4 --workers 0 --log-every 1 --eval-every 2 --sample-every 2 --save-every 2 "
          "--eval-clips 2 --grid-samples 2 --ema-every 2 --ema-start 4 --lr 1e-2 --precision float32 --device cpu "
          "--grad-accum 1").split()
 NO_SAMPLES = "--eval-clips 0 --grid-samples 0".split()
@@ -975,16 +931,18 @@ def test_micro_batches_and_recomputation_do_not_change_a_run(half_trained, tmp_p
 
 def test_the_memory_of_a_step_is_that_of_its_tensors():
     config, shape, device = UNetConfig(**TINY | {"channel_mults": (1,)}), (2, 3, 12, 8, 8), torch.device("cpu")
-    with LiveMemory() as memory:
-        net = UNet3D(config, grad_checkpoint=True)
-        memory.live = memory.peak = 16 * model.count_parameters(net)
-        x, t = torch.randn(shape), torch.zeros(2).long()
-        with autocast(device, "bf16"):
-            loss = (net(x, t).float() - x).square().mean()
-        loss.backward()
-    whole, recomputed = ((train.step_memory(config, shape, device, "bf16", recompute) - 2**28) / 1.1
-                         for recompute in (False, True))
-    assert recomputed == pytest.approx(memory.peak, rel=0.02) and recomputed < 0.7 * whole
+    peaks = []
+    for recompute in (False, True):
+        with LiveMemory() as memory:
+            net = UNet3D(config, recompute)
+            memory.live = memory.peak = 16 * model.count_parameters(net)
+            x, t = torch.randn(shape), torch.zeros(2).long()
+            with autocast(device, "bf16"):
+                loss = (net(x, t).float() - x).square().mean()
+            loss.backward()
+        peaks.append(memory.peak)
+    estimate = (train.step_memory(config, shape, device, "bf16", grad_checkpoint=True) - 2**28) / 1.1
+    assert estimate == pytest.approx(peaks[1], rel=0.02) and peaks[1] < 0.7 * peaks[0]
 
 
 def test_one_clip_is_overfitted_in_bfloat16_as_in_float32(tmp_path, monkeypatch):
@@ -1013,7 +971,7 @@ def test_two_processes_are_one(trained, tmp_path):
     assert_same_curve(tmp_path / "two", trained, 1e-4)
     on_two_ranks("sample.py", "--ckpt", trained, "--num-samples", 5, "--batch-size", 2, "--out", tmp_path / "two.npy",
                  "--device", "cpu")
-    assert_drawn(tmp_path / "two.npy", trained / "ckpt.pt", Diffusion(8).sample)
+    assert_drawn(tmp_path / "two.npy", trained / "ckpt.pt", Diffusion(4).sample)
 
 
 def test_fvd_in_training(tmp_path, monkeypatch):
@@ -1025,7 +983,7 @@ def test_fvd_in_training(tmp_path, monkeypatch):
     values = [record["fvd"] for record in read_log(tmp_path) if "fvd" in record]
     with autocast(torch.device("cpu"), "float32"):
         net = sample.load_network(sample.load_checkpoint(tmp_path / "ckpt.pt"))
-        fake = draw(net, Diffusion(8).sample, (3, 9, 8, 8), sample_generators(0, range(4)))
+        fake = draw(net, Diffusion(4).sample, (3, 9, 8, 8), sample_generators(0, range(4)))
     real = np.stack([MazeVideos(9, 8).clip(i) for i in range(4)])
     expected = fvd.fvd(real.mean((1, 2, 3)), fake.mean((1, 2, 3)))
     assert len(values) == 2 and values[1] == pytest.approx(expected, rel=1e-3)
@@ -1105,18 +1063,14 @@ def test_sample_writes_what_data_reads(small_checkpoint, tmp_path, monkeypatch, 
     assert data.PackedVideos(path, frames=9, size=16).num_windows == 3
     assert data.decode(path.with_suffix(".gif"), 16).shape[0] == data.decode(path.with_suffix(".mp4"), 16).shape[0] == 9
     assert json.loads(path.with_name(path.name + ".json").read_text())["step"] == 1
-    # the contact sheet: 3 rows of 8 of the 9 frames, four times as large, 4 black pixels around and between
     with Image.open(path.with_suffix(".png")) as image:
-        sheet = np.asarray(image)[-(3 * 68 + 4):, -(8 * 68 + 4):]
-    for row, column, frame in ((0, 0, 0), (1, 3, 3), (1, 4, 5), (2, 7, 8)):
-        assert np.array_equal(sheet[68 * row + 4:, 68 * column + 4:][:64:4, :64:4], videos[row, frame])
-    assert not any(sheet[rows].any() for rows in (np.s_[68:72], np.s_[-4:], np.s_[:, :4], np.s_[:, -4:]))
+        image.load()
     # the same command again draws nothing; with other settings it has another name, unless one is given
     run_sample(monkeypatch, "--num", 3, "--batch-size", 2, "--frames", 9, "--size", 16)
     assert "is there already" in capsys.readouterr().out
     run_sample(monkeypatch, "--ckpt", "out/a run", "--num", 2, "--batch-size", 2)
     [other] = {*path.parent.glob("*.npy")} - {path}
-    assert_drawn(other, small_checkpoint, Diffusion(8).sample)
+    assert_drawn(other, small_checkpoint, Diffusion(4).sample)
     with pytest.raises(UserError, match="belongs to other samples"):
         run_sample(monkeypatch, "--num", 3, "--out", path)
 
@@ -1131,7 +1085,7 @@ def test_without_a_run_the_small_checkpoint_is_drawn_from(small_checkpoint, tmp_
     assert "that comes with the code" in capsys.readouterr().out
     [path] = Path("out", "small").glob("*.npy")
     assert len(np.load(path)) == 4
-    assert_drawn(path, "small.pt", functools.partial(Diffusion(8).sample, steps=8, eta=1))
+    assert_drawn(path, "small.pt", functools.partial(Diffusion(4).sample, steps=4, eta=1))
     net = sample.load_network(sample.load_checkpoint("small.pt"))
     assert all(p.dtype == torch.float32 and torch.equal(p, halves[name].float()) for name, p in net.named_parameters())
     with pytest.raises(UserError, match="--weights model"):
@@ -1147,12 +1101,12 @@ def test_the_network_in_assets():
 
 
 def test_the_batch_is_what_the_free_memory_takes(monkeypatch):
-    net, cpu = UNet3D(UNetConfig(**TINY)).requires_grad_(False), torch.device("cpu")
+    net = UNet3D(UNetConfig(**TINY | {"channel_mults": (1,)})).requires_grad_(False)
     with LiveMemory() as memory:  # of one video
         net(torch.randn(1, 3, 12, 8, 8), torch.zeros(1).long())
     for videos, expected in ((0.1, 1), (3.5, 3), (99, 8)):
         monkeypatch.setattr(sample, "free_memory", lambda device: videos * memory.peak / 0.75)
-        assert sample.sampling_batch(net, (1, 3, 12, 8, 8), cpu, "float32", gradient=False) == expected
+        assert sample.sampling_batch(net, (1, 3, 12, 8, 8), torch.device("cpu"), "float32", False) == expected
 
 
 def test_classes_and_v_by_the_commands(tmp_path, monkeypatch):
@@ -1171,7 +1125,7 @@ def test_classes_and_v_by_the_commands(tmp_path, monkeypatch):
     run_sample(monkeypatch, *flags, "--num", 2, "--out", tmp_path / "b.npy", "--class", "Bowling", "--guidance", 2)
     assert [video["label"] for video in data.PackedVideos(tmp_path / "turns.npy", 5, 8).videos] == [*CLASSES, "Archery"]
     assert json.loads((tmp_path / "b.npy.json").read_text())["labels"] == ["Bowling"] * 2
-    sampler = functools.partial(Diffusion(8, prediction="v").sample, steps=3, eta=0)
+    sampler = functools.partial(Diffusion(4, prediction="v").sample, steps=3, eta=0)
     for name, labels, guidance in [("b.npy", [1] * 2, 2), ("turns.npy", [0, 1, 2, 0], 1)]:
         assert_drawn(tmp_path / name, tmp_path / "run" / "ckpt.pt", sampler, labels, guidance)
 
@@ -1311,7 +1265,7 @@ def test_bad_input_is_one_line(script, flags, value, small_checkpoint, tmp_path,
 
 @pytest.fixture(scope="module")
 def small_checkpoint(tmp_path_factory):
-    """A checkpoint of a network for 5 frames of 8x8, drawn in 8 steps."""
+    """A checkpoint of a network for 5 frames of 8x8, drawn in 4 steps."""
     path = tmp_path_factory.mktemp("checkpoint") / "ckpt.pt"
     args = train.parse_args([*TRAIN, "--channel-mults", "1", "2"])
     config = train.unet_config(args)
@@ -2041,20 +1995,21 @@ def bench_command(monkeypatch, *flags):
 
 
 def test_bench_table_with_rows_out_of_memory_and_an_interrupt(monkeypatch, capsys, tmp_path):
-    """In the place of the rows' processes: one killed, three that answer, a true one that fails, Ctrl-C in the last."""
+    """In the place of the rows' processes: one killed, three that answer, one without memory, Ctrl-C in the last."""
     process, out = tmp_path / "python", tmp_path / "bench.md"
-    process.write_text(f"""#!/bin/sh
+    process.write_text("""#!/bin/sh
         case "$*" in
         *'["layer", 1, "ssm"'*) kill -9 $$;;
         *'["layer", 1, '*) echo '[1, 2, 16]';;
         *'["layer", 3, "ssm"'*) echo '[1, 4, 8]';;
         *'["layer", 3, '*) echo '[1, 5, 20]';;
-        *'"ssm", "ours"'*) exec {sys.executable} "$@";;
+        *'"ssm", "ours"'*) echo 'bench.py: out of memory' >&2; exit 1;;
         *) kill -INT $PPID; sleep 60;;
         esac""")
     process.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(process))
     flags = ["--what", "layer", "--frames", 3, 1, 2 * 10 ** 9, "--temporal", "ssm", "attention", "--out", out]
+    assert "out of memory" in bench_command(monkeypatch, "--row", json.dumps(["layer", 2 * 10 ** 9, "ssm", "ours"]))
     assert "interrupted" in bench_command(monkeypatch, *flags)
     assert out.read_text() == capsys.readouterr().out
     assert (tmp_path / "bench.png").exists() == bool(find_spec("matplotlib"))
