@@ -96,6 +96,13 @@ def fork(code):
     return process
 
 
+def exit_code(process):
+    """What a process exits with within a minute."""
+    process.join(60)
+    process.kill()
+    return process.exitcode
+
+
 def fork_script(script, *flags, **environment):
     """Start a script with flags, as the first of its process group."""
     return fork(f"import os, runpy, sys; os.setsid(); os.environ.update({environment}); "
@@ -113,9 +120,7 @@ def rank_environments():
 
 def on_two_ranks(script, *flags):
     ranks = [fork_script(script, *flags, **environment) for environment in rank_environments()]
-    for rank in ranks:
-        rank.join(60)
-        assert rank.exitcode == 0
+    assert [exit_code(rank) for rank in ranks] == [0, 0]
 
 
 # ------------------------------------------------------------------------------------------------ the authors' numbers
@@ -781,8 +786,7 @@ def test_a_signal_to_the_whole_process_group_loses_nothing(tmp_path):
     while process.is_alive() and not (log.exists() and log.read_text().count("\n") >= 3):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)  # the data loading processes get it too
-    process.join(60)
-    assert process.exitcode == 0
+    assert exit_code(process) == 0
     stopped = read_log(tmp_path / "run")[-1]["step"]
     run_train(*flags, "--steps", stopped + 1, "--out", tmp_path / "run")
     run_train(*flags, "--steps", stopped + 1, "--out", tmp_path / "undisturbed")
@@ -831,9 +835,8 @@ def test_what_must_not_change_is_refused(run_folder):
             run_train("--steps", 5, "--out", run_folder, *flags)
     lock = train.take_folder(run_folder)
     other = fork_script("train.py", *TRAIN, "--steps", 5, "--out", run_folder)
-    other.join(60)
+    assert exit_code(other) == 1, "another training holds the folder"
     lock.close()
-    assert other.exitcode == 1, "another training holds the folder"
     with pytest.raises(UserError, match="norm of the weights (inf|nan)"):  # the loss itself is finite at first
         run_train("--steps", 6, "--out", run_folder, "--lr", 1e30)
     assert (run_folder / "ckpt.pt").read_bytes() == before
@@ -1975,6 +1978,4 @@ def test_files_work_alone_in_an_empty_folder(tmp_path):
         processes.append(fork(f"import os, sys, torch; os.chdir({str(folder)!r}); sys.path[:] = ['.', *(path for path "
                               f"in sys.path if path not in ('', {str(HERE)!r}))]; "
                               f"sys.modules.update(dict.fromkeys({absent})); {works}"))
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * len(ALONE)
+    assert [exit_code(process) for process in processes] == [0] * len(ALONE)
