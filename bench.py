@@ -44,6 +44,7 @@ import model
 import train
 from command import (Parser, UserError, autocast, choose_device, choose_precision, peak_memory, positive_float,
                      positive_int, run, whole_file)
+from data import DataError
 from s4d import TemporalSSM, apply_mlp, cached_kernels, weights
 
 Row = namedtuple("Row", "what frames temporal form")  # form: "ours" or "textbook"
@@ -319,4 +320,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run("bench.py", main)
+    run("bench.py", main, DataError)
