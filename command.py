@@ -87,7 +87,7 @@ def number(kind, least, most, open_end=False):
         if not least <= value <= most or open_end and value == least:
             whole, bound = "a whole" if kind is int else "a", "above" if open_end else "of at least"
             raise argparse.ArgumentTypeError(f"{text!r} is not {whole} number {bound} {least}"
-                                             + f", at most {most}" * (most < 2 ** 31 - 1)
+                                             + f", at most {most}" * (most < 2 ** 31 - 1 or value > most)
                                              + "; put blanks between several" * ("," in text))
         return value
     return parse

@@ -132,11 +132,12 @@ def in_chunks(function, *tensors, size):
     """
     kept = 1 if tensors[0].device.type == "cpu" else 0
     sizes = [len(part) for part in tensors[0].split(size)]
-    if without_data(tensors[0]):  # one chunk tells what each takes while it is computed
+    counting = without_data(tensors[0]) and len(sizes) > kept + 1
+    if counting:  # one chunk tells what each takes while it is computed
         sizes[kept + 1:] = [sum(sizes[kept + 1:])]
     outs = []
     for part in zip(*(tensor.split(sizes) for tensor in tensors)):
-        if len(outs) > kept and without_data(tensors[0]):  # of the others their outputs and gradients will do
+        if counting and len(outs) > kept:  # of the others their outputs and gradients will do
             outs.append(sum(x[..., :1] for x in part).to(outs[0]).expand(-1, *outs[0].shape[1:]).clone())
         else:
             outs.append(function(*part) if len(outs) < kept else checkpointed(function, *part))

@@ -238,7 +238,7 @@ def parse_args(argv=None):
     args.num, args.sampler = args.num or (4 if args.asset else 16), args.sampler or ("ddim" if args.asset else "ddpm")
     if args.sampler == "ddpm" and (args.sampling_steps or args.eta is not None):
         parser.error("--sampling-steps and --eta go with --sampler ddim; ddpm takes all steps")
-    if bool(args.condition) != bool(args.given):
+    if bool(args.condition) != bool(args.given) or args.condition_start and not args.condition:
         parser.error("--condition, the clip, and --given, which of its frames to keep, go together")
     if args.out and args.out.suffix != ".npy":
         parser.error(f"--out {args.out}: expected a name that ends in .npy")
@@ -383,7 +383,8 @@ def announce(args, ckpt, blocks, batches):
         + (f"; {len(blocks)} blocks of {window} frames" if len(blocks) > 1 else ""))
     if window > config["frames"] or args.size != config["size"]:
         say(f"warning: trained on {config['frames']} frames, {config['size']}x{config['size']}, to draw {window}, "
-            f"{args.size}x{args.size}, at once; --window {config['frames']} draws long videos by blocks")
+            f"{args.size}x{args.size}, at once"
+            + (f"; --window {config['frames']} draws long videos by blocks" if window > config["frames"] else ""))
 
 
 def digest(tensors):

@@ -163,13 +163,15 @@ def train(args):
         record = {"step": step} | mean_and_check(pending, timer, parameters, args)
         if evaluate:
             record |= held_out_loss(ema, diffusion, held_out, args)
-        # a stop does not wait for samples: a scheduler gives half a minute
-        samples = draw_samples(ema, diffusion, args, args.grid_samples, stopping) if grid and not stop else None
-        if measure and not stop and (distance := sampled_fvd(ema, i3d, diffusion, videos, args, stopping)) is not None:
-            record["fvd"] = distance
-        stop = any_process(stopping)
+        samples = None  # a stop does not wait for them: a scheduler gives half a minute
+        if grid and not stop:
+            samples = draw_samples(ema, diffusion, args, args.grid_samples, stopping)
+            stop = any_process(stopping)
+        if measure and not stop:
+            record |= sampled_fvd(ema, i3d, diffusion, videos, args, stopping)
+            stop = any_process(stopping)
 
-        # ---- the checkpoint comes last: it says that all that was due is done
+        # ---- the checkpoint comes last: it says that all that was due is done, or left out for a stop
         if rank == 0:
             if samples is not None:
                 save_gif(args.out / "samples" / f"step_{step:07d}.gif", samples)
@@ -246,7 +248,7 @@ def held_out_loss(net, diffusion, videos, args):
 def draw_samples(net, diffusion, args, count, stopping):
     """Draw the first `count` samples -> uint8 (count, f, h, w, 3); None if a stop was asked for meanwhile. With
     classes, sample i has the class i mod their number."""
-    say(f"drawing {count} samples by {diffusion.T} steps")
+    say(f"drawing {count} samples in {diffusion.T} steps")
     rank, _, world_size = processes()
     share, device = args.batch_size // world_size // args.grad_accum, torch.device(diffusion.device)
 
@@ -256,11 +258,12 @@ def draw_samples(net, diffusion, args, count, stopping):
                 break
             yield step
 
+    sample = functools.partial(diffusion.sample, progress=until_stopped)
+
     def samples(mine):
         for indices in (mine[first:first + share] for first in range(0, len(mine), share)):
             labels = torch.tensor([i % len(args.classes) for i in indices], device=device) if args.classes else None
             generators = sample_generators(args.seed, indices, device)
-            sample = functools.partial(diffusion.sample, progress=until_stopped)
             yield from draw(net, sample, (3, args.frames, args.size, args.size), generators, labels)
 
     with autocast(device, args.precision), cached_kernels(net, args.frames):
@@ -269,14 +272,14 @@ def draw_samples(net, diffusion, args, count, stopping):
 
 
 def sampled_fvd(net, i3d, diffusion, videos, args, stopping):
-    """FVD between the first samples and as many training clips; None if a stop was asked for meanwhile. Biased upwards,
-    as they are few: it shows the trend, fvd.py the number."""
+    """-> {"fvd": FVD between the first samples and as many training clips}, empty if a stop was asked for meanwhile.
+    Biased upwards, as they are few: it shows the trend, fvd.py the number."""
     fake = draw_samples(net, diffusion, args, args.fvd_videos, stopping)
 
     def features(indices):
         return [[fvd.i3d_features(i3d, x[None])[0].numpy() for x in (videos.clip(i), fake[i])] for i in indices]
 
-    return None if fake is None else fvd.fvd(*map(np.stack, zip(*share_out(args.fvd_videos, features))))
+    return {} if fake is None else {"fvd": fvd.fvd(*map(np.stack, zip(*share_out(args.fvd_videos, features))))}
 
 
 def watch_signals():
@@ -476,7 +479,7 @@ def fit_memory(args, device):
 
     def takes(clips, recompute):
         memory, earlier = count(share, recompute), clips < share
-        if earlier:  # what a step takes is linear in its clips
+        if earlier:  # what a step takes is nearly linear in its clips
             one = count(1, recompute)
             memory = one + (memory - one) * (clips - 1) / (share - 1)
         # the gradients of the micro-batches before are there, and DDP has a copy of them
@@ -496,7 +499,7 @@ def fit_memory(args, device):
     if args.grad_accum not in (None, parts):
         say("the micro-batches of this run do not fit here: others give the same sums but for their last bits")
     args.grad_accum, args.grad_checkpoint = parts, recompute
-    return (f"global batch {args.batch_size} = processes {world_size} x micro-batches {parts} x clips {share // parts}"
+    return (f"global batch {args.batch_size} = {world_size} processes x {parts} micro-batches of {share // parts} clips"
             + (", recomputing blocks" if recompute else "") + f"; {device.type}, {precision}"
             + (f"; each process takes about {expected / 2**30:.1f} GB of {limit / 2**30:.1f}" if expected else ""))
 

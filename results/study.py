@@ -1,24 +1,27 @@
 """The paired study of temporal layers on mazes: which of the paper's claims show at small scale?
 
     OMP_NUM_THREADS=1 python results/study.py                     # trains, draws, measures, prints the tables
-    python results/study.py --steps 3000 --seeds 0 1 2 3 4        # goes on from there
+    python results/study.py --steps 3000 --seeds 0 1 2 3 4        # resumes what is there, and trains on
     python results/study.py --layers ssm ssm-unidirectional       # two layers; further flags go to train.py
 
 Runs of one seed see the same clips, timesteps and noise whatever their layer, and all runs the same held-out clips: so
 the difference between two layers of one seed is far sharper than either. Each run is a folder OUT/LAYER/SEED and
-resumes when the same command is given again. OUT/study.jsonl holds all numbers, OUT/study.png the curves.
+resumes when the same command is given again. OUT/study.jsonl holds the numbers behind the tables, OUT/study.png the
+curves.
 
 Glossary
-    difference        held-out loss of a layer minus that of ssm with the same seed, in per cent of the latter
+    difference        a layer's number minus that of the other layer of the pair with the same seed, in per cent of the
+                      latter
     quartile          of the diffusion step t: the first is nearly clean, the last nearly noise
     ±                 the standard error of a mean over seeds
     unexplained       of a frame, what is nowhere near the same place in the frame before, in grey levels of 255: the
-                      mean over pixels of the least difference to the pixels at most `REACH` columns away there
+                      mean over pixels of the least difference to the pixels at most `REACH` columns away there. A still
+                      video has none: the yardstick is what mazes have.
 """
-import argparse
 import functools
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -27,8 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command import positive_int, run, whole_file
-from data import MazeVideos, to_float
+from command import Parser, positive_int, run, whole_file
+from data import DataError, MazeVideos, to_float
 from diffusion import Diffusion, sample_generators, training_noise
 from s4d import cached_kernels
 from sample import draw, load_checkpoint, load_network
@@ -43,15 +46,16 @@ LAYERS = {"ssm": ["--temporal", "ssm"],
           "mamba-unidirectional": ["--temporal", "mamba", "--unidirectional"]}
 PAIRS = [(name, "ssm") for name in LAYERS if name != "ssm"] + [("mamba-unidirectional", "mamba")]
 NETWORK = ("--preset tiny --size 8 --frames 16 --base-channels 16 --channel-mults 1 2 --batch-size 4 --ema-decay 0.98 "
-           "--precision float32 --workers 0 --grid-samples 0 --eval-clips 64 --eval-every 250 --save-every 250").split()
-REACH = 1
+           "--precision float32 --workers 0 --grad-accum 1 --grid-samples 0 --eval-clips 64 --eval-every 250 --save-every 250"
+           ).split()
+REACH = 1  # mazes move by one pixel a frame at 8x8
 PLACES = {"first 2": slice(0, 2), "others": slice(2, -2), "last 2": slice(-2, None)}  # frames of a clip
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="two or more")
     parser.add_argument("--steps", type=positive_int, default=1000, help="of training (1000)")
     parser.add_argument("--samples", type=positive_int, default=64, help="videos drawn from each network (64)")
     parser.add_argument("--out", type=Path, default=Path("out/study"))
@@ -66,29 +70,29 @@ def main():
 
 
 def measure(layer, seed, flags, others):
-    """Train, unless that is done -> a record for every held-out loss in the run's log, the last of them with what is
-    measured on the trained network."""
+    """Train, unless that is done -> a record for every held-out loss in the run's log; the last one has what is measured
+    on the trained network, too, unless it has been trained further since."""
     out = flags.out / layer / str(seed)
-    log = out / "log.jsonl"
-
-    def held_out():
-        lines = map(json.loads, log.read_text().splitlines()) if log.exists() else []
-        return [line for line in lines if "held_out_loss" in line and line["step"] <= flags.steps]
-
-    if not held_out() or held_out()[-1]["step"] < flags.steps:
-        train(parse_args([*NETWORK, *LAYERS[layer], "--seed", str(seed), "--steps", str(flags.steps), "--out", str(out),
-                          *others]))
-        if held_out()[-1]["step"] < flags.steps:
-            sys.exit("interrupted; the same command goes on")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    train(parse_args([*NETWORK, *LAYERS[layer], "--seed", str(seed), "--steps", str(flags.steps), "--out", str(out),
+                      *others]))
+    for number, handler in handlers.items():  # train.py has its own
+        signal.signal(number, handler)
+    step = load_checkpoint(out / "ckpt.pt")["step"]
+    if step < flags.steps:
+        sys.exit("interrupted; the same command resumes")
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     records = [{"layer": layer, "seed": seed, "step": line["step"],
-                "loss": [line["held_out_loss"], *line["held_out_quartiles"]]} for line in held_out()]
-    last, path = records[-1], out / f"trained-{flags.steps}-{flags.samples}.json"
-    if not path.exists():
+                "loss": [line["held_out_loss"], *line["held_out_quartiles"]]}
+               for line in lines if "held_out_loss" in line and line["step"] <= flags.steps]
+    path = out / f"trained-{flags.steps}-{flags.samples}.json"
+    if step == flags.steps and not path.exists():
         print(f"drawing {flags.samples} videos from {out}", flush=True)
         measured = measure_network(out / "ckpt.pt", flags.samples)
         with whole_file(path, "w") as file:
             json.dump(measured, file)
-    last |= json.loads(path.read_text())
+    if path.exists():
+        records[-1] |= json.loads(path.read_text())
     return records
 
 
@@ -110,7 +114,7 @@ def measure_network(path, count):
                 error = net(diffusion.q_sample(x_0, t, noise), t) - noise
                 losses[quartile] += error.square().mean((0, 1, 3, 4)) / config["eval_clips"]
         for first in range(0, count, 16):
-            generators = sample_generators(0, range(first, min(first + 16, count)), "cpu")
+            generators = sample_generators(config["seed"], range(first, min(first + 16, count)), "cpu")
             samples.append(draw(net, sample, shape, generators))
     return {"frames": losses.tolist(), "unexplained": unexplained(np.concatenate(samples)).tolist()}
 
@@ -124,50 +128,53 @@ def unexplained(videos):
 
 
 def paired(records, pair, step, value):
-    """The difference of the two layers of a pair in value(record), for each seed that has both -> mean, ±, both in per
-    cent, and the number of seeds."""
+    """-> the mean over seeds of the differences of value(record) between the layers of a pair, and ±; None if fewer
+    than two seeds have both."""
     values = [{record["seed"]: np.array(value(record)) for record in records if record["step"] == step
                and record["layer"] == layer} for layer in pair]
-    seeds = values[0].keys() & values[1].keys()
-    differences = np.array([100 * (values[0][seed] / values[1][seed] - 1) for seed in sorted(seeds)])
-    return differences.mean(0), differences.std(0, ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else None, len(seeds)
+    seeds = sorted(values[0].keys() & values[1].keys())
+    if len(seeds) < 2:
+        return None
+    differences = np.array([100 * (values[0][seed] / values[1][seed] - 1) for seed in seeds])
+    return differences.mean(0), differences.std(0, ddof=1) / len(seeds) ** 0.5
 
 
 def report(records, flags):
     """Print the tables, in Markdown; draw the curves, if matplotlib is there."""
     pairs = [pair for pair in PAIRS if {*pair} <= {*flags.layers}]
     steps = sorted({record["step"] for record in records})
-    cell = "{:+.1f} ± {:.1f}".format
-    print("\n| % of held-out loss | step | seeds | all t | quartile 1 | 2 | 3 | 4 |\n|" + "---|" * 8)
-    for pair in pairs:
-        for step in steps:
-            mean, error, seeds = paired(records, pair, step, lambda record: record["loss"])
-            if error is not None:
-                print(f"| {pair[0]} − {pair[1]} | {step} | {seeds} | " + " | ".join(map(cell, mean, error)) + " |")
+    trained = [record for record in records if "frames" in record]
 
-    trained = [record for record in records if record["step"] == flags.steps]
-    print(f"\n| % of loss by frame, step {flags.steps} | "
-          + " | ".join(f"quartile {quartile}: {place}" for quartile in (3, 4) for place in PLACES) + " |\n|" + "---|" * 7)
-    for pair in pairs:
-        mean, error, _ = paired(trained, pair, flags.steps, lambda record: [
-            np.mean(record["frames"][quartile - 1][place]) for quartile in (3, 4) for place in PLACES.values()])
-        if error is not None:
-            print(f"| {pair[0]} − {pair[1]} | " + " | ".join(map(cell, mean, error)) + " |")
+    def rows(some, step, value, label):
+        for pair in pairs:
+            if found := paired(some, pair, step, value):
+                print(f"| {pair[0]} − {pair[1]} |{label} "
+                      + " | ".join(f"{mean:+.1f} ± {error:.1f}" for mean, error in zip(*map(np.atleast_1d, found))) + " |")
+
+    print(f"\nseeds {flags.seeds}; differences in per cent")
+    print("\n| held-out loss | step | all t | quartile 1 | 2 | 3 | 4 |\n" + "|---" * 7 + "|")
+    for step in steps:
+        rows(records, step, lambda record: record["loss"], f" {step} |")
+
+    places = [(quartile, place) for quartile in (3, 4) for place in PLACES]
+    print("\n| held-out loss by frame | " + " | ".join(f"quartile {quartile}: {place}" for quartile, place in places)
+          + " |\n" + "|---" * 7 + "|")
+    rows(trained, flags.steps, lambda record: [np.mean(record["frames"][quartile - 1][PLACES[place]])
+                                               for quartile, place in places], "")
 
     config = load_checkpoint(flags.out / flags.layers[0] / str(flags.seeds[0]) / "ckpt.pt")["config"]
     mazes = MazeVideos(config["frames"], config["size"], "test")
     real = np.stack([mazes.clip(1, i) for i in range(4 * flags.samples)])
     order = np.random.default_rng(0).permuted(np.tile(np.arange(config["frames"]), (len(real), 1)), axis=1)
     shuffled = np.take_along_axis(real, order[:, :, None, None, None], 1)
-    print(f"\n| unexplained, of 255 | mean over frames and seeds | − ssm |\n|---|---|---|\n"
-          f"| mazes | {unexplained(real).mean():.2f} | |\n| their frames shuffled | {unexplained(shuffled).mean():.2f} | |")
+    print(f"\n| | unexplained, of 255 |\n|---|---|\n| mazes | {unexplained(real).mean():.2f} |\n"
+          f"| their frames shuffled | {unexplained(shuffled).mean():.2f} |")
     for layer in flags.layers:
-        values = {record["seed"]: np.mean(record["unexplained"]) for record in trained if record["layer"] == layer}
-        line = f"| {layer} | {np.mean([*values.values()]):.2f} |"
-        if layer != "ssm" and "ssm" in flags.layers:
-            mean, error, _ = paired(trained, (layer, "ssm"), flags.steps, lambda record: np.mean(record["unexplained"]))
-            line += f" {cell(mean, error)} % |" if error is not None else " |"
-        print(line)
+        values = [np.mean(record["unexplained"]) for record in trained if record["layer"] == layer]
+        if values:
+            print(f"| {layer} | {np.mean(values):.2f} |")
+    print("\n| unexplained | difference |\n|---|---|")
+    rows(trained, flags.steps, lambda record: np.mean(record["unexplained"]), "")
     if importlib.util.find_spec("matplotlib"):
         draw_curves(records, pairs, steps, flags.out / "study.png")
 
@@ -179,8 +186,8 @@ def draw_curves(records, pairs, steps, path):
     panels = figure.subplots(1, 5, sharex=True)
     for i, (panel, title) in enumerate(zip(panels, ["all t", *(f"quartile {q} of t" for q in (1, 2, 3, 4))])):
         for pair in pairs:
-            found = [(step, *paired(records, pair, step, lambda record: record["loss"])) for step in steps]
-            points = [(step, mean[i], error[i]) for step, mean, error, _ in found if error is not None]
+            found = [(step, paired(records, pair, step, lambda record: record["loss"])) for step in steps]
+            points = [(step, both[0][i], both[1][i]) for step, both in found if both]
             if points:
                 panel.errorbar(*zip(*points), label=f"{pair[0]} − {pair[1]}", capsize=2, linewidth=1)
         panel.axhline(0, color="grey", linewidth=0.5)
@@ -191,4 +198,4 @@ def draw_curves(records, pairs, steps, path):
 
 
 if __name__ == "__main__":
-    run("study.py", main)
+    run("study.py", main, DataError)
