@@ -239,7 +239,8 @@ def parse_args(argv=None):
     if args.sampler == "ddpm" and (args.sampling_steps or args.eta is not None):
         parser.error("--sampling-steps and --eta go with --sampler ddim; ddpm takes all steps")
     if bool(args.condition) != bool(args.given) or args.condition_start and not args.condition:
-        parser.error("--condition, the clip, and --given, which of its frames to keep, go together")
+        parser.error(f"--condition {args.condition} --given {args.given}: a clip, and which of its frames to keep, go "
+                     "together")
     if args.out and args.out.suffix != ".npy":
         parser.error(f"--out {args.out}: expected a name that ends in .npy")
     return args
