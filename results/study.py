@@ -57,7 +57,7 @@ def main():
     parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="two or more")
     parser.add_argument("--steps", type=positive_int, default=1000, help="of training (1000)")
-    parser.add_argument("--samples", type=positive_int, default=64, help="videos drawn from each network (64)")
+    parser.add_argument("--samples", type=positive_int, default=32, help="videos drawn from each network (32)")
     parser.add_argument("--out", type=Path, default=Path("out/study"))
     flags, others = parser.parse_known_args()
     records = []
@@ -103,7 +103,7 @@ def measure_network(path, count):
     net, config = load_network(ckpt), ckpt["config"]
     shape = 3, config["frames"], config["size"], config["size"]
     diffusion, videos = Diffusion(config["diffusion_steps"]), MazeVideos(*shape[1:3], "test")
-    sample = functools.partial(diffusion.sample, steps=min(50, diffusion.T), eta=1)
+    sample = functools.partial(diffusion.sample, steps=min(25, diffusion.T), eta=1)
     losses, samples = torch.zeros(4, shape[1]), []
     with cached_kernels(net, shape[1]):
         for i in range(config["eval_clips"]):  # the clips, timesteps and noise of train.held_out_loss
@@ -182,7 +182,7 @@ def report(records, flags):
 def draw_curves(records, pairs, steps, path):
     """A panel for each quartile, and one for all t: the differences against the step, with their standard errors."""
     from matplotlib.figure import Figure
-    figure = Figure((14, 3.5), layout="constrained")
+    figure = Figure((15, 3.5), layout="constrained")
     panels = figure.subplots(1, 5, sharex=True)
     for i, (panel, title) in enumerate(zip(panels, ["all t", *(f"quartile {q} of t" for q in (1, 2, 3, 4))])):
         for pair in pairs:
@@ -192,7 +192,7 @@ def draw_curves(records, pairs, steps, path):
                 panel.errorbar(*zip(*points), label=f"{pair[0]} − {pair[1]}", capsize=2, linewidth=1)
         panel.axhline(0, color="grey", linewidth=0.5)
         panel.set(title=title, xlabel="step", ylabel="% of held-out loss" if i == 0 else None)
-    panels[-1].legend(fontsize=6)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
