@@ -163,13 +163,11 @@ def train(args):
         record = {"step": step} | mean_and_check(pending, timer, parameters, args)
         if evaluate:
             record |= held_out_loss(ema, diffusion, held_out, args)
-        samples = None  # a stop does not wait for them: a scheduler gives half a minute
-        if grid and not stop:
-            samples = draw_samples(ema, diffusion, args, args.grid_samples, stopping)
-            stop = any_process(stopping)
-        if measure and not stop:
-            record |= sampled_fvd(ema, i3d, diffusion, videos, args, stopping)
-            stop = any_process(stopping)
+        # a stop does not wait for samples: a scheduler gives half a minute
+        samples = draw_samples(ema, diffusion, args, args.grid_samples, stopping) if grid and not stop else None
+        stop = any_process(stopping)
+        record |= sampled_fvd(ema, i3d, diffusion, videos, args, stopping) if measure and not stop else {}
+        stop = any_process(stopping)
 
         # ---- the checkpoint comes last: it says that all that was due is done, or left out for a stop
         if rank == 0:
