@@ -845,6 +845,24 @@ def test_a_signal_to_the_whole_process_group_loses_nothing(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
+def test_a_stop_while_samples_are_drawn_leaves_them_out(trained, tmp_path, monkeypatch):
+    steps = []
+
+    def sampled(self, net, shape, generators, progress, known):
+        for step in progress(range(1000)):
+            steps.append(step)
+            signal.raise_signal(signal.SIGTERM)
+        return torch.zeros(shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Diffusion, "sample", sampled)
+        run_train("--steps", 4, "--out", tmp_path)  # samples are due after 2
+    assert steps == [0] and read_log(tmp_path)[-1]["step"] == 2 and not list((tmp_path / "samples").iterdir())
+    run_train("--steps", 4, "--out", tmp_path)
+    ours, undisturbed = (torch.load(out / "ckpt.pt", weights_only=True) for out in (tmp_path, trained))
+    assert all(torch.equal(ours["model"][name], value) for name, value in undisturbed["model"].items())
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing of the process may touch a file any more."""
 
