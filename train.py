@@ -114,7 +114,9 @@ def train(args):
     if args.compile:
         compile_tails()
     forward = net if world_size == 1 else DistributedDataParallel(net, [device] if device.type == "cuda" else None)
-    parameters, ema_parameters = list(net.parameters()), list(ema.parameters())
+    parameters = list(net.parameters())
+    # detached, or autograd would keep a record of every update of the EMA
+    weights, ema_weights = ([parameter.detach() for parameter in module.parameters()] for module in (net, ema))
     indices = range(args.batch_size)[rank * args.batch_size // world_size:][:args.batch_size // world_size]
     stopping = watch_signals()
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
@@ -145,9 +147,9 @@ def train(args):
         optimizer.step()
         optimizer.zero_grad()
         if step <= args.ema_start - args.ema_every:
-            torch._foreach_copy_(ema_parameters, parameters)
+            torch._foreach_copy_(ema_weights, weights)
         elif step % args.ema_every == 0:
-            torch._foreach_lerp_(ema_parameters, parameters, 1 - args.ema_decay)
+            torch._foreach_lerp_(ema_weights, weights, 1 - args.ema_decay)
         pending.append(torch.stack([loss_sum, grad_norm]))
         bar.update()
 
