@@ -11,8 +11,7 @@ Glossary
     b, c, f, h, w   batch, channels, frames, height, width
     x, t, ε         the noised video, its diffusion step, its noise
     spatial, temporal layer   one that treats each frame, or each position (h, w), independently
-Outside the network a video is (b, c, f, h, w), inside it is (b, f, h, w, c). `python model.py` prints the parameter
-counts at the paper's width.
+Outside the network a video is (b, c, f, h, w), inside it is (b, f, h, w, c).
 """
 import functools
 import math
@@ -177,11 +176,11 @@ def sinusoidal_embedding(t, dim):
 def compile_tails(backend="inductor"):
     """Compile the functions that hold the elementwise work of all networks; once per process, before their first step.
 
-    (Whole networks would take many minutes.) One that does not compile, or has over 64 shapes, raises torch._dynamo's
+    (Whole networks would take many minutes.) One that does not compile, or has over 256 shapes, raises torch._dynamo's
     error instead of falling back to eager execution.
     """
     import torch._dynamo.config as dynamo
-    dynamo.cache_size_limit, dynamo.fail_on_cache_limit_hit = 64, True  # aliases of later names
+    dynamo.cache_size_limit, dynamo.fail_on_cache_limit_hit = 256, True  # aliases of later names
     for names, name in [(vars(s4d), "ssm_tail"), (globals(), "norm_act"), (globals(), "linear_attention")]:
         names[name] = torch.compile(names[name], backend=backend, fullgraph=True, dynamic=False)
 
@@ -534,8 +533,3 @@ def short_conv(u, conv, reverse):
     y = F.conv2d(x, weight[..., None], conv.bias, padding=(past, 0), groups=len(weight))
     y = y[:, :, past:] if reverse else y[:, :, :-past]
     return y.permute(0, 2, 3, 1).reshape(u.shape)
-
-
-if __name__ == "__main__":
-    for name in TEMPORAL_LAYERS:
-        print(f"{name:18s} {count_parameters(UNet3D(UNetConfig(temporal=name))) / 1e6:7.2f} M parameters")

@@ -131,16 +131,15 @@ def in_chunks(function, *tensors, size):
     whole, and memory grows evenly with the frames. (The first costs a CPU little memory, and saves short clips time.)
     """
     kept = 1 if tensors[0].device.type == "cpu" else 0
-    sizes = [len(part) for part in tensors[0].split(size)]
-    counting = without_data(tensors[0]) and len(sizes) > kept + 1
-    if counting:  # one chunk tells what each takes while it is computed
-        sizes[kept + 1:] = [sum(sizes[kept + 1:])]
+    count = computed = len(tensors[0])
+    if without_data(tensors[0]):  # one chunk tells what each takes while it is computed
+        computed = min(count, (kept + 1) * size)
     outs = []
-    for part in zip(*(tensor.split(sizes) for tensor in tensors)):
-        if counting and len(outs) > kept:  # of the others their outputs and gradients will do
-            outs.append(sum(x[..., :1] for x in part).to(outs[0]).expand(-1, *outs[0].shape[1:]).clone())
-        else:
-            outs.append(function(*part) if len(outs) < kept else checkpointed(function, *part))
+    for part in zip(*(tensor[:computed].split(size) for tensor in tensors)):
+        outs.append(function(*part) if len(outs) < kept else checkpointed(function, *part))
+    if computed < count:  # of the others their outputs and gradients will do
+        rest = sum(tensor[computed:, ..., :1] for tensor in tensors).to(outs[0])
+        outs.append(rest.expand(-1, *outs[0].shape[1:]).clone())
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

@@ -940,6 +940,9 @@ def test_a_run_resumes_from_its_folder_alone(run_folder, monkeypatch):
     torch.save({name: ckpt[name] for name in ("step", "config", "unet", "ema")}, run_folder / "ckpt.pt")
     with pytest.raises(UserError, match="no optimiser state"):  # as the one in assets/
         run_train("--out", run_folder, "--steps", 6, defaults=[])
+    for path in run_folder.glob("ckpt*"):  # killed before its first checkpoint
+        path.unlink()
+    assert train.parse_args(["--out", str(run_folder)]).frames == 5
 
 
 @pytest.mark.parametrize("gigabytes, parts, recompute", [(9, 1, False), (7, 2, False), (2.1, 4, False),
@@ -1039,6 +1042,8 @@ def test_fvd_in_training(tmp_path, monkeypatch):
     real = np.stack([MazeVideos(9, 8).clip(i) for i in range(4)])
     expected = fvd.fvd(real.mean((1, 2, 3)), fake.mean((1, 2, 3)))
     assert len(values) == 2 and values[1] == pytest.approx(expected, rel=1e-3)
+    run_train("--steps", 3, "--fvd-every", 0, "--out", tmp_path, defaults=[])  # i3d.pt is in its config.json still
+    assert "fvd" not in read_log(tmp_path)[-1]
 
 
 def test_presets_and_explicit_flags():

@@ -117,6 +117,7 @@ def train(args):
     parameters = list(net.parameters())
     # detached, or autograd would keep a record of every update of the EMA
     weights, ema_weights = ([parameter.detach() for parameter in module.parameters()] for module in (net, ema))
+    last_copy = (args.ema_start - 1) // args.ema_every * args.ema_every
     indices = range(args.batch_size)[rank * args.batch_size // world_size:][:args.batch_size // world_size]
     stopping = watch_signals()
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
@@ -125,7 +126,7 @@ def train(args):
     loader = batches(videos, indices, args.seed, first_step, args.workers, device.type == "cuda", with_labels=True)
     for step, (clips, labels) in enumerate(loader, first_step + 1):
         # ---- batch and noise
-        x_0 = to_float(clips.to(device, non_blocking=True))                                 # share c f h w
+        x_0 = to_float(clips.to(device, non_blocking=device.type == "cuda"))                # share c f h w
         t, noise = training_noise(x_0.shape[1:], args.seed, step - 1, indices, diffusion.T, device)
         if args.classes:
             hidden = [label_dropped(LABEL_DROPOUT, args.seed, step - 1, i) for i in indices]
@@ -146,7 +147,7 @@ def train(args):
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        if step <= args.ema_start - args.ema_every:
+        if step <= last_copy:
             torch._foreach_copy_(ema_weights, weights)
         elif step % args.ema_every == 0:
             torch._foreach_lerp_(ema_weights, weights, 1 - args.ema_decay)
@@ -158,7 +159,7 @@ def train(args):
             return bool(wanted) and (step % every == 0 or step == args.steps)
 
         evaluate, grid = due(args.eval_every, args.eval_clips), due(args.sample_every, args.grid_samples)
-        measure, save, stop = due(args.fvd_every, args.i3d), due(args.save_every), any_process(stopping)
+        measure, save, stop = due(args.fvd_every, args.fvd_every), due(args.save_every), any_process(stopping)
         early = step - first_step in (2, 10)  # a run that will take days says so at once
         if not (early or evaluate or grid or measure or save or stop or due(args.log_every)):
             continue
@@ -381,7 +382,7 @@ def resume(args, config, net, ema, optimizer):
 def read_config(out, known):
     """-> the settings of the run in a folder, those whose names are `known`; {} if there is none to be resumed."""
     path = out / "config.json"
-    if not (newest_checkpoint(out) and path.exists()):
+    if not path.exists():
         return {}
     try:
         return {name: value for name, value in json.loads(path.read_text()).items() if name in known}
@@ -588,7 +589,7 @@ def make_parser():
     add("--device", None, "cpu, cuda, mps (the best there is)")
     add("--precision", "auto", "bf16 autocast or float32; auto: bf16 if native", choices=("auto", "bf16", "float32"))
     add("--compile", False, "torch.compile the elementwise work, for GPUs", action=OnOff)
-    add("--deterministic", False, "the same bits on every run on a GPU, too; slower", action=OnOff)
+    add("--deterministic", False, "the same bits on a GPU, too (not of attention); slower", action=OnOff)
     add("--grad-accum", None, "micro-batches per step of each process (as memory asks)", type=positive_int)
     add("--grad-checkpoint", False, "recompute blocks in the backward pass (if memory asks)", action=OnOff)
     add("--memory-gb", None, "what a process may take (what is free)", type=positive_float)
