@@ -474,8 +474,9 @@ def read_film(path, size):
                 if frame.is_corrupt:  # FFmpeg has made up what it could not decode
                     raise DataError("has damaged frames")
                 # Down to twice the size while converting to RGB: five times faster for HD. `decode` does the rest.
-                scale = min(1, 2 * size / min(frame.width, frame.height))
-                width, height = round(frame.width * scale), round(frame.height * scale)
+                width = frame.width * (stream.sample_aspect_ratio or 1)  # pixels need not be square
+                scale = min(1, 2 * size / min(width, frame.height))
+                width, height = round(width * scale), round(frame.height * scale)
                 image = frame.reformat(width, height, "rgb24", interpolation="AREA").to_image()
                 yield image.rotate(round(frame.rotation / 90) * 90, expand=True)
 

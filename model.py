@@ -55,7 +55,7 @@ class UNetConfig:
 
     def __post_init__(self):
         if self.state_size is None:
-            self.state_size = 16 if self.ssm == "s6" else 512
+            self.state_size = 16 if self.temporal == "mamba" and self.ssm == "s6" else 512
         if self.mlp_dim is None and self.temporal not in ("gss", "mamba"):
             self.mlp_dim = 512
         for name, choices in [("temporal", TEMPORAL_LAYERS), ("ssm", SSMS), ("attention_impl", ATTENTION_IMPLS)]:
@@ -345,8 +345,8 @@ class TemporalAttention(Attention):
 
     head_dim: even. forward: X (b, f, ..., c), bias (heads, f, f) -> the shape of X.
     impl: "sdpa", PyTorch's fused attention (a CPU has none in training, where the bias needs a gradient) on some
-        positions at a time, recomputed in the backward pass: memory is linear in the frames, in training too. (The
-        kernel alone would not do: the bias has a gradient for every logit of the positions treated at once.)
+        positions at a time, recomputed in the backward pass: but for the bias, memory is linear in the frames, in
+        training too. (The kernel alone would not do: the bias has a gradient for every logit treated at once.)
         "math", the formula with all logits kept: the memory that the paper reports, quadratic in the frames.
     """
 

@@ -89,7 +89,8 @@ def apply_mlp(x, mlp):
 
 
 def weights(layers):
-    """-> ((weight, bias), ...) of linear layers: as arguments, so that one compiled `ssm_tail` serves every layer."""
+    """-> ((weight, bias), ...) of linear layers: as arguments, so that one compiled `ssm_tail` serves all layers. Their
+    forward is never called: what hooks or wraps it, such as LoRA, has no effect."""
     return tuple((layer.weight, layer.bias) for layer in layers)
 
 
@@ -256,9 +257,10 @@ def convolve(u, ssms):
     """K * u + D u of the same u (b, L, ..., d), for each of `ssms` -> list of tensors of u's shape."""
     K = ssms[0].impulse_response(u.shape[1], *ssms[1:])                                     # k d L
     videos = u.reshape(*u.shape[:2], -1, u.shape[-1])                                       # b L p d
-    # A GPU's matrix units make the Toeplitz matrix cheap; on a CPU it pays if frames are no more than positions. Never
-    # chosen by the batch: a video comes out the same whatever else is in it.
-    by = toeplitz_conv if u.shape[1] <= (min(videos.shape[2], 1024) if u.device.type == "cpu" else 1024) else fft_conv
+    # A GPU's matrix units make the Toeplitz matrix cheap while its d·L² entries fit; on a CPU they pay if frames are
+    # no more than positions. Never chosen by the batch: a video comes out the same whatever else is in it.
+    most = min(1024, videos.shape[2] if u.device.type == "cpu" else math.isqrt(2 ** 27 // u.shape[-1]))
+    by = toeplitz_conv if u.shape[1] <= most else fft_conv
     return [y.reshape(u.shape) for y in by(videos, K, [ssm.reverse for ssm in ssms])]
 
 
@@ -300,9 +302,8 @@ class Transpose(torch.autograd.Function):
         return x.T.contiguous()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return grad.T.contiguous()
+        return Transpose.apply(grad)
 
 
 def fft_conv(u, K, reverse):

@@ -19,6 +19,7 @@ import struct
 import sys
 import time
 import warnings
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -313,6 +314,12 @@ def test_s4d_is_the_state_recurrence(L, reverse):
     for conv in (s4d.toeplitz_conv, s4d.fft_conv):
         [y] = conv(u[:, :, None], K, [reverse])
         assert_same_function(y[:, :, 0], expected, [u, *ssm.kernel.parameters(), ssm.D])
+
+
+@pytest.mark.parametrize("frames", [2, 3])  # by a Toeplitz matrix, by FFT
+def test_second_derivatives(frames):
+    layer = TemporalSSM(2, state_size=2, mlp_dim=2).double()
+    assert torch.autograd.gradgradcheck(layer, torch.randn(1, frames, 2, 2, dtype=torch.float64, requires_grad=True))
 
 
 def memory_of(function, *inputs):
@@ -1368,7 +1375,7 @@ def test_a_bug_keeps_its_traceback():
 # ------------------------------------------------------------------------------------------------ data
 
 
-def write_mp4(path, frames, colour_of=None, codec="mpeg4", pixels="yuv420p", height=48, width=64):
+def write_mp4(path, frames, colour_of=None, codec="mpeg4", pixels="yuv420p", height=48, width=64, aspect=1):
     """A video whose frame i is one grey level, 16 + 10 i, or colour_of(i)."""
     import av
 
@@ -1376,6 +1383,7 @@ def write_mp4(path, frames, colour_of=None, codec="mpeg4", pixels="yuv420p", hei
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
         for i in range(frames):
             picture = np.full((height, width, 3), colour_of(i) if colour_of else 16 + 10 * i, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)))
@@ -1528,6 +1536,10 @@ def test_unusual_videos_are_read_whole_and_upright(tmp_path):
     (tmp_path / "turned.mp4").write_bytes(clockwise.join(content.rsplit(upright, 1)))
     video, = data.read_whole_videos(tmp_path / "turned.mp4", 8)
     assert video.shape == (3, 8, 8, 3) and video[:, :3].max() < 60 and video[:, 5:].min() > 180
+    # pixels twice as wide as high: 64 x 48 of them make a picture of 128 x 48, of whose columns 20 of 64 are cropped
+    bars = np.repeat(np.where(abs(np.arange(64) - 31.5) < 14, 200, 40)[None, :, None], 48, 0)
+    video = data.decode(write_mp4(tmp_path / "wide.mp4", 3, colour_of=lambda i: bars, aspect=2), 8)
+    assert video[:, :, 1:-1].min() > 180
 
 
 def test_pack_crops_the_centre_of_the_shorter_side(tmp_path):
