@@ -20,7 +20,7 @@ Glossary
                 by two FFTs and two flips; never compiled, nothing recomputed. Equal to ours to 1e-10 (test_all.py)
     GB          2^30 bytes. On a CPU how far the process grows beyond its size before the first step, when it holds the
                 parameters; on CUDA the most that the allocator held, parameters included
-    per frame   what each frame more takes than in the same layer's row before: constant if linear
+    per frame   what each frame beyond the same layer's previous row costs: constant if linear
     ratio       to the first row of the same frames that fits; with --baseline, to the layer's own textbook form
 """
 import argparse

@@ -383,7 +383,7 @@ def parse_args():
     add("--i3d-torchscript", help="StyleGAN-V's i3d_torchscript.pt; it runs code")
     add = parser.add_argument_group("which clips").add_argument
     add("--protocol", choices=("paper", "2048"), help="paper: 10,000 generated against all real videos of UCF101 "
-        "(16 frames), or 1,000 against those of MineRL (any other); 2048: as many of each")
+        "(16 frames), or 1,000 against those of MineRL (any other); 2048: 2,048 of each")
     add("--frames", type=positive_int, help="frames per clip (those of the generated videos)")
     add("--stride", type=positive_int, default=1, help="take every n-th frame of the real videos (1)")
     add("--window", choices=("first", "random"), help="where clips are cut from real videos (first)")
@@ -396,7 +396,7 @@ def parse_args():
     add("--resize", choices=("tf1", "half-pixel"), default="tf1", help="as the metric was defined, or PyTorch ports do")
     add("--range", choices=("-11", "01"), default="-11", help="what 0..255 is scaled to; 01: the authors' on UCF101")
     add("--repeats", type=positive_int, default=10, help="resamples and halvings (10)")
-    add("--batch-size", type=positive_int, help="clips at once (as many as have 128 frames)")
+    add("--batch-size", type=positive_int, help="clips at once (as many as make 128 frames)")
     add("--device", help="cpu, cuda, cuda:1 (cuda if there is one)")
     add("--cache", type=Path, help="folder for features and weights (~/.cache/fvd)")
     add("--out", type=Path, help="result file (.fvd.json beside the generated videos)")

@@ -401,7 +401,7 @@ def rotary_embedding(x, freqs):
 
 class RelativePositionBias(nn.Module):
     """T5's relative position bias (Raffel et al. 2020), one learned number per bucket and head: 16 buckets for the past
-    and 16 for the future, of one distance each below 8, then logarithmically wider, the last from 32 frames on.
+    and 16 for the future, of one distance each below 8, then logarithmically wider, the last from 27 frames on.
 
     forward: f frames -> bias (heads, f, f), added to the attention logits of query frame i and key frame j.
     """

@@ -213,8 +213,8 @@ def parse_args(argv=None):
     add("--sampling-steps", type=positive_int, help="of ddim (50, of assets/ 25; at most all)")
     add("--eta", type=zero_to_one, help="of ddim: 0, deterministic, to 1, with the posterior's noise (0, of assets/ 1)")
     add("--class", dest="label", metavar="NAME", help="class to draw (sample i has class i mod their number)")
-    add("--guidance", type=non_negative_float, default=1.0, help="1: the class as learned; more: more of it, at twice "
-        "the time; 0: of no class (1)")
+    add("--guidance", type=non_negative_float, default=1.0, help="1: none; above 1: stronger "
+        "class, at twice the time; 0: unconditional (1)")
     add("--condition", type=Path, metavar="CLIP", help="video whose --given frames are kept; of a packed .npy sample i "
         "takes video i mod their number")
     add("--condition-start", type=non_negative_int, default=0, metavar="N", help="the clip's frame that is frame 0 (0)")
@@ -222,13 +222,13 @@ def parse_args(argv=None):
     add("--condition-weight", type=non_negative_float, default=10.0, help="w_r of reconstruction guidance towards "
         "given frames; 0: the replacement method, in half the time (10)")
     add("--window", type=positive_int, help="draw so many frames at a time (all at once)")
-    add("--overlap", type=positive_int, help="frames of a window that are the last of the one before (a quarter)")
+    add("--overlap", type=positive_int, help="frames that each window shares with the one before (a quarter)")
     add("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the latest (ema)")
     add("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native (auto)")
     add("--compile", action="store_true", help="torch.compile the elementwise work; a CUDA graph on CUDA")
     add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
     add("--out", type=Path, help=".npy file to write, in a folder that all machines share "
-        "(samples_STEP_KEY.npy beside the checkpoint)")
+        "(samples_STEP_KEY.npy beside the checkpoint; of assets/ in out/maze64)")
     args = parser.parse_args(argv)
     if args.ckpt is None:
         args.ckpt = max(Path("out").glob("**/ckpt.pt"), key=os.path.getmtime, default=ASSET)

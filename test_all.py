@@ -1063,6 +1063,9 @@ def test_presets_and_explicit_flags():
         assert (args.base_channels, args.time_dim, args.state_size, args.mlp_dim) == (64, 1024, 512, 512)
         assert (args.ema_decay, args.ema_every, args.ema_start) == (0.995, 10, 2000)
     assert train.unet_config(train.parse_args([])) == UNetConfig()
+    assert [train.parse_args(flags.split()).split for flags in ("", "--preset ucf101-32")] == ["train", "all"]
+    variant = train.parse_args("--preset tiny --temporal gss --unidirectional --mlp-dim 512 --lr 1".split())
+    assert variant.out == Path("out/tiny-gss-mlp-dim-512-unidirectional")
     args = train.parse_args("--preset carla-256 --base-channels 112 --temporal attention".split())
     assert (args.frames, args.batch_size, args.steps, args.lr, args.ema_decay) == (256, 8, 100_000, 1e-4, 0.9999)
     assert (args.heads, args.time_dim) == (14, 3584), "172.3 M parameters in print, 172.29 in the table"

@@ -7,7 +7,7 @@
     python train.py --preset tiny --classes                               # class-conditional: mazes by wall colour
     python train.py --preset minerl-400 --dry-run                         # what would be trained
 
---out DIR (out/PRESET-TEMPORAL) gets config.json, log.jsonl, samples/, ckpt.pt (and ckpt_previous.pt, the one before)
+--out DIR (out/PRESET-TEMPORAL, and flags of Tables 3 and 4) gets config.json, log.jsonl, samples/, ckpt.pt (and ckpt_previous.pt, the one before)
 and, at the end, loss.png. Stop it at any time: the same command, or `train.py --out DIR`, resumes from the last
 checkpoint, exactly. A flag on the command line wins over the run's own setting, that over the preset's (without
 --preset: of the column of the paper's Table 5 for --frames and --size), that over the default. Micro-batches and
@@ -81,6 +81,9 @@ TAKES = {"ssm": {"state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidire
 MAY_CHANGE = {"steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision", "compile",
               "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips",
               "grid_samples", "attention_impl", "fvd_every", "fvd_videos", "i3d", "deterministic"}
+
+# What the default --out is named after, where it is given, besides preset and temporal layer.
+NAMED = set().union(*TAKES.values()) - MAY_CHANGE | {"base_channels", "classes", "prediction"}
 
 LABEL_DROPOUT = 0.1  # share of the labels that training hides: classifier-free guidance needs the unconditional network
 
@@ -515,8 +518,8 @@ def describe(args, net):
     settings = {title: [f"{name.replace('_', '-')} {value}" for name in names if name not in ignored
                         and (value := getattr(args, name)) is not None and value is not False]
                 for title, names in make_parser()[2].items()}
-    why = ("ours, small" if args.preset == "tiny" else "of the paper's, for clips nearest to these in frames and size "
-           "unless --preset says otherwise; --preset tiny is a small one, for minutes")
+    why = ("ours, small" if args.preset == "tiny" else "from the paper, the nearest to --frames and --size unless "
+           "--preset is given; --preset tiny is a small one that takes minutes")
     return "\n".join([
         f"preset {args.preset}: {why}",
         *(f"{title}: {', '.join(values)}" for title, values in settings.items() if values),
@@ -532,7 +535,8 @@ OnOff = argparse.BooleanOptionalAction  # --no-compile: a resumed run has its ow
 
 def make_parser():
     """-> the parser, which leaves out what is not on the command line; the flags' defaults; their names by group."""
-    parser, defaults, groups = Parser(prog="train.py", description="Train a video diffusion model."), {}, {}
+    about = "Train a video diffusion model. The preset, named or nearest, goes before the defaults in parentheses."
+    parser, defaults, groups = Parser(prog="train.py", description=about), {}, {}
 
     def add(flag, default, help, **settings):
         name = flag[2:].replace("-", "_")
@@ -542,10 +546,10 @@ def make_parser():
         group.add_argument(flag, default=argparse.SUPPRESS, help=help, **settings)
 
     group = parser.add_argument_group("what to train")
-    add("--preset", None, "column of Table 5, or tiny (the column nearest to --frames and --size)", choices=PRESETS)
+    add("--preset", None, "column of Table 5, data set of the later edition, or tiny (the nearest column)", choices=PRESETS)
     group = parser.add_argument_group("data")
     add("--data", "maze", "packed .npy file, folder of videos, or the embedded maze walks")
-    add("--split", "train", "videos to train on", choices=("train", "test", "all"))
+    add("--split", "train", "videos to train on; ucf101 presets: all", choices=("train", "test", "all"))
     add("--classes", False, "class-conditional, by the data's labels: class folders, wall colours", action="store_true")
     add("--frames", 16, "frames per clip", type=positive_int)
     add("--size", 32, "height and width", type=positive_int)
@@ -582,7 +586,7 @@ def make_parser():
     add("--grad-clip", None, "largest gradient norm (not clipped)", type=positive_float)
     add("--ema-decay", 0.995, "decay of the EMA weights, per update", type=zero_to_one)
     add("--ema-every", 10, "steps between EMA updates", type=positive_int)
-    add("--ema-start", 2000, "step from which the EMA is an average, before it a copy", type=non_negative_int)
+    add("--ema-start", 2000, "step at which averaging starts; until then the EMA is a copy", type=non_negative_int)
     add("--seed", 0, "of first weights, clips, timesteps and noise", type=non_negative_int)
 
     group = parser.add_argument_group("speed and memory")
@@ -595,7 +599,7 @@ def make_parser():
     add("--memory-gb", None, "what a process may take (what is free)", type=positive_float)
 
     group = parser.add_argument_group("output")
-    add("--out", None, "folder of the run (out/PRESET-TEMPORAL)", type=Path)
+    add("--out", None, "folder of the run (out/PRESET-TEMPORAL and flags of Tables 3 and 4)", type=Path)
     add("--log-every", 100, "steps between log lines", type=positive_int)
     add("--eval-every", 1000, "steps between held-out losses", type=positive_int)
     add("--sample-every", 10_000, "steps between sample grids", type=positive_int)
@@ -626,9 +630,14 @@ def parse_args(argv=None):
     if frames != 16:
         nearest = min(("minerl-64", "minerl-200", "minerl-400"), key=lambda name: abs(PRESETS[name]["frames"] - frames))
     preset = explicit.get("preset", nearest)
-    out = explicit.get("out") or Path("out") / f"{preset}-{explicit.get('temporal', defaults['temporal'])}"
+    variant = [name.replace("_", "-") + ("" if value is True else f"-{value}")
+               for name, value in sorted(explicit.items()) if name in NAMED]
+    name = "-".join([preset, explicit.get("temporal", defaults["temporal"]), *variant])
+    out = explicit.get("out") or Path("out") / name
     given = read_config(out, defaults) | explicit
-    preset = given.setdefault("preset", nearest)
+    if "preset" not in given:  # only a preset that is asked for trains on the test videos, too
+        given = {"preset": nearest, "split": "train"} | given
+    preset = given["preset"]
     args = argparse.Namespace(**defaults | PRESETS[preset] | given | {"out": out, "fixed": "grad_accum" in explicit})
     if args.temporal in ("gss", "mamba"):
         args.mlp_dim = given.get("mlp_dim")  # their own defaults, not the preset's
