@@ -117,10 +117,7 @@ def train(args):
     if args.compile:
         compile_tails()
     forward = net if world_size == 1 else DistributedDataParallel(net, [device] if device.type == "cuda" else None)
-    parameters = list(net.parameters())
-    # detached, or autograd would keep a record of every update of the EMA
-    weights, ema_weights = ([parameter.detach() for parameter in module.parameters()] for module in (net, ema))
-    last_copy = (args.ema_start - 1) // args.ema_every * args.ema_every
+    parameters, ema_parameters = list(net.parameters()), list(ema.parameters())
     indices = range(args.batch_size)[rank * args.batch_size // world_size:][:args.batch_size // world_size]
     stopping = watch_signals()
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
@@ -146,14 +143,11 @@ def train(args):
                 loss.backward()
             loss_sum += loss.detach()
 
-        # ---- clip, optimiser, EMA: a copy of the weights until the last update before --ema-start, then an average
+        # ---- clip, optimiser, EMA
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        if step <= last_copy:
-            torch._foreach_copy_(ema_weights, weights)
-        elif step % args.ema_every == 0:
-            torch._foreach_lerp_(ema_weights, weights, 1 - args.ema_decay)
+        update_ema(ema_parameters, parameters, step, args)
         pending.append(torch.stack([loss_sum, grad_norm]))
         bar.update()
 
@@ -191,6 +185,15 @@ def train(args):
         draw_curves(args.out)
     say(f"stopped at step {step}, saved in {args.out}; the same command resumes" if step < args.steps else
         f"done, saved in {args.out}; python sample.py --ckpt {shlex.quote(str(args.out))} draws videos")
+
+
+@torch.no_grad()  # else autograd would keep a record of every step
+def update_ema(ema_parameters, parameters, step, args):
+    """A copy of the parameters until the last update before --ema-start, then, every --ema-every steps, an average."""
+    if step <= (args.ema_start - 1) // args.ema_every * args.ema_every:
+        torch._foreach_copy_(ema_parameters, parameters)
+    elif step % args.ema_every == 0:
+        torch._foreach_lerp_(ema_parameters, parameters, 1 - args.ema_decay)
 
 
 def label_numbers(labels, classes, device):
