@@ -7,11 +7,11 @@
     python train.py --preset tiny --classes                               # class-conditional: mazes by wall colour
     python train.py --preset minerl-400 --dry-run                         # what would be trained
 
---out DIR (out/PRESET-TEMPORAL, and flags of Tables 3 and 4) gets config.json, log.jsonl, samples/, ckpt.pt (and ckpt_previous.pt, the one before)
-and, at the end, loss.png. Stop it at any time: the same command, or `train.py --out DIR`, resumes from the last
-checkpoint, exactly. A flag on the command line wins over the run's own setting, that over the preset's (without
---preset: of the column of the paper's Table 5 for --frames and --size), that over the default. Micro-batches and
-recomputation are chosen so that a step fits in memory; they do not change what is trained.
+--out DIR (out/PRESET-TEMPORAL, with flags of Tables 3 and 4) gets config.json, log.jsonl, samples/, ckpt.pt (and
+ckpt_previous.pt, the one before) and, at the end, loss.png. Stop it at any time: the same command, or `train.py --out
+DIR`, resumes from the last checkpoint, exactly. A flag on the command line wins over the run's own setting, that over
+the preset's (without --preset: of the column of the paper's Table 5 for --frames and --size), that over the default.
+Micro-batches and recomputation are chosen so that a step fits in memory; they do not change what is trained.
 
 Glossary
     x_0, t, noise   as in diffusion.py
@@ -549,7 +549,7 @@ def make_parser():
         group.add_argument(flag, default=argparse.SUPPRESS, help=help, **settings)
 
     group = parser.add_argument_group("what to train")
-    add("--preset", None, "column of Table 5, data set of the later edition, or tiny (the nearest column)", choices=PRESETS)
+    add("--preset", None, "column of Table 5 or data set of the later edition (the nearest), or tiny", choices=PRESETS)
     group = parser.add_argument_group("data")
     add("--data", "maze", "packed .npy file, folder of videos, or the embedded maze walks")
     add("--split", "train", "videos to train on; ucf101 presets: all", choices=("train", "test", "all"))
