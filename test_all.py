@@ -296,6 +296,15 @@ def test_s4d_is_the_state_recurrence(L, reverse):
         assert_same_function(y[:, :, 0], expected, [u, *ssm.kernel.parameters(), ssm.D])
 
 
+def test_kernels_begin_as_s4d_lin():
+    kernel = S4DKernel(4000, state_size=8)
+    A = torch.complex(-kernel.log_A_real.exp(), kernel.A_imag)
+    assert torch.allclose(A, -0.5 + 1j * math.pi * torch.arange(4).expand(4000, 4))
+    u = (kernel.log_dt - math.log(1e-3)) / math.log(100)  # uniform on 0..1
+    assert 0 <= u.min() < 0.01 and 0.99 < u.max() <= 1 and abs(u.mean() - 0.5) < 0.02
+    assert abs(torch.view_as_complex(kernel.C).abs().square().mean() - 1) < 0.03
+
+
 @pytest.mark.parametrize("frames", [2, 3])  # by a Toeplitz matrix, by FFT
 def test_second_derivatives(frames):
     layer = TemporalSSM(2, state_size=2, mlp_dim=2).double()
@@ -994,6 +1003,35 @@ def test_one_clip_is_overfitted_in_bfloat16_as_in_float32(tmp_path, monkeypatch)
         curves.append([loss for _, loss, _ in losses(tmp_path / precision)])
     assert curves[0][0] > 1 > 0.5 > curves[0][-1]
     assert np.allclose(*curves, rtol=0.03) and curves[0] != curves[1]
+
+
+def test_a_step_is_what_the_flags_say(tmp_path):
+    """Its loss is that of the clips, labels, timesteps and noise of its key; clipped to nothing, it moves no weight."""
+    flags = "--classes --seed 3 --loss l1 --grad-clip 1e-20".split()
+    run_train("--steps", 1, "--out", tmp_path, *flags, *NO_SAMPLES)
+    torch.manual_seed(3)
+    net = UNet3D(train.unet_config(train.parse_args([*TRAIN, *flags])))
+    clips, labels = zip(*(MazeVideos(5, 8).clip_and_label(3, 0, i) for i in range(4)))
+    hidden = [label_dropped(0.1, 3, 0, i) for i in range(4)]
+    numbers = [8 if hide else sorted(data.COLOUR_NAMES).index(label) for hide, label in zip(hidden, labels)]
+    t, noise = diffusion.training_noise((3, 5, 8, 8), 3, 0, range(4), 4)
+    denoiser = functools.partial(net, labels=torch.tensor(numbers))
+    loss = Diffusion(4).loss(denoiser, data.to_float(torch.from_numpy(np.stack(clips))), t, noise, "l1").mean()
+    assert any(hidden) and read_log(tmp_path)[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    after = sample.load_checkpoint(tmp_path / "ckpt.pt")["model"]
+    assert all(torch.allclose(after[name], p, atol=1e-6) for name, p in net.named_parameters())
+
+
+def test_held_out_losses_and_pictures_are_of_the_ema(trained, tmp_path):
+    ckpt = sample.load_checkpoint(trained / "ckpt.pt")
+    net, args = sample.load_network(ckpt), train.parse_args(["--out", str(trained)])
+    assert any(not torch.equal(ckpt["ema"][name], ckpt["model"][name]) for name in ckpt["ema"])
+    expected = train.held_out_loss(net, Diffusion(4), MazeVideos(5, 8, "test"), args)["held_out_loss"]
+    assert read_log(trained)[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-6)
+    with s4d.cached_kernels(net, 5):
+        videos = draw(net, Diffusion(4).sample, (3, 5, 8, 8), sample_generators(0, [0, 1]))
+    sample.save_gif(tmp_path / "a.gif", videos)
+    assert (tmp_path / "a.gif").read_bytes() == (trained / "samples" / "step_0000004.gif").read_bytes()
 
 
 def assert_drawn(path, ckpt, sampler, labels=None, guidance=1, seed=0, weights="ema"):
@@ -2068,33 +2106,7 @@ def test_files_work_alone_in_an_empty_folder(tmp_path):
     assert [exit_code(process) for process in processes] == [0] * len(ALONE)
 
 
-def test_a_step_is_what_the_flags_say(tmp_path):
-    """Its loss is that of the clips, labels, timesteps and noise of its key; clipped to nothing, it moves no weight."""
-    flags = "--classes --seed 3 --loss l1 --grad-clip 1e-20".split()
-    run_train("--steps", 1, "--out", tmp_path, *flags, *NO_SAMPLES)
-    torch.manual_seed(3)
-    net = UNet3D(train.unet_config(train.parse_args([*TRAIN, *flags])))
-    clips, labels = zip(*(MazeVideos(5, 8).clip_and_label(3, 0, i) for i in range(4)))
-    hidden = [label_dropped(0.1, 3, 0, i) for i in range(4)]
-    numbers = [8 if hide else sorted(data.COLOUR_NAMES).index(label) for hide, label in zip(hidden, labels)]
-    t, noise = diffusion.training_noise((3, 5, 8, 8), 3, 0, range(4), 4)
-    denoiser = functools.partial(net, labels=torch.tensor(numbers))
-    loss = Diffusion(4).loss(denoiser, data.to_float(torch.from_numpy(np.stack(clips))), t, noise, "l1").mean()
-    assert any(hidden) and read_log(tmp_path)[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    after = sample.load_checkpoint(tmp_path / "ckpt.pt")["model"]
-    assert all(torch.allclose(after[name], p, atol=1e-6) for name, p in net.named_parameters())
-
-
-def test_held_out_losses_and_pictures_are_of_the_ema(trained, tmp_path):
-    ckpt = sample.load_checkpoint(trained / "ckpt.pt")
-    net, args = sample.load_network(ckpt), train.parse_args(["--out", str(trained)])
-    assert any(not torch.equal(ckpt["ema"][name], ckpt["model"][name]) for name in ckpt["ema"])
-    expected = train.held_out_loss(net, Diffusion(4), MazeVideos(5, 8, "test"), args)["held_out_loss"]
-    assert read_log(trained)[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-6)
-    with s4d.cached_kernels(net, 5):
-        videos = draw(net, Diffusion(4).sample, (3, 5, 8, 8), sample_generators(0, [0, 1]))
-    sample.save_gif(tmp_path / "a.gif", videos)
-    assert (tmp_path / "a.gif").read_bytes() == (trained / "samples" / "step_0000004.gif").read_bytes()
+# ------------------------------------------------------------------------------------------------ the printed commands
 
 
 PRINTED = "".join(path.read_text() for path in [HERE / "README.md", *HERE.glob("*.py")]).replace("\\\n", "")
@@ -2115,12 +2127,3 @@ def test_every_printed_command_is_understood(words, tmp_path, monkeypatch):
         flags, others = bench.parse_args()
         for temporal in flags.temporal:
             bench.settings(bench.Row("train", 16, temporal, "ours"), others)
-
-
-def test_kernels_begin_as_s4d_lin():
-    kernel = S4DKernel(4000, state_size=8)
-    A = torch.complex(-kernel.log_A_real.exp(), kernel.A_imag)
-    assert torch.allclose(A, -0.5 + 1j * math.pi * torch.arange(4).expand(4000, 4))
-    u = (kernel.log_dt - math.log(1e-3)) / math.log(100)  # uniform on 0..1
-    assert 0 <= u.min() < 0.01 and 0.99 < u.max() <= 1 and abs(u.mean() - 0.5) < 0.02
-    assert abs(torch.view_as_complex(kernel.C).abs().square().mean() - 1) < 0.03

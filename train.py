@@ -7,7 +7,7 @@
     python train.py --preset tiny --classes                               # class-conditional: mazes by wall colour
     python train.py --preset minerl-400 --dry-run                         # what would be trained
 
---out DIR (out/PRESET-TEMPORAL, with flags of Tables 3 and 4) gets config.json, log.jsonl, samples/, ckpt.pt (and
+--out DIR (out/PRESET-TEMPORAL, and the network's flags) gets config.json, log.jsonl, samples/, ckpt.pt (and
 ckpt_previous.pt, the one before) and, at the end, loss.png. Stop it at any time: the same command, or `train.py --out
 DIR`, resumes from the last checkpoint, exactly. A flag on the command line wins over the run's own setting, that over
 the preset's (without --preset: of the column of the paper's Table 5 for --frames and --size), that over the default.
@@ -82,8 +82,8 @@ MAY_CHANGE = {"steps", "log_every", "eval_every", "sample_every", "save_every", 
               "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips",
               "grid_samples", "attention_impl", "fvd_every", "fvd_videos", "i3d", "deterministic"}
 
-# What the default --out is named after, where it is given, besides preset and temporal layer.
-NAMED = set().union(*TAKES.values()) - MAY_CHANGE | {"base_channels", "classes", "prediction"}
+# Flags that, where given, are part of the default --out's name: rows of the paper's tables do not share a folder.
+IN_OUT_NAME = set().union(*TAKES.values()) - MAY_CHANGE | {"base_channels", "classes", "prediction"}
 
 LABEL_DROPOUT = 0.1  # share of the labels that training hides: classifier-free guidance needs the unconditional network
 
@@ -153,10 +153,10 @@ def train(args):
 
         # ---- whatever is due; only here does the host wait for the device
         def due(every, wanted=True):
-            return bool(wanted) and (step % every == 0 or step == args.steps)
+            return bool(every and wanted) and (step % every == 0 or step == args.steps)
 
         evaluate, grid = due(args.eval_every, args.eval_clips), due(args.sample_every, args.grid_samples)
-        measure, save, stop = due(args.fvd_every, args.fvd_every), due(args.save_every), any_process(stopping)
+        measure, save, stop = due(args.fvd_every), due(args.save_every), any_process(stopping)
         early = step - first_step in (2, 10)  # a run that will take days says so at once
         if not (early or evaluate or grid or measure or save or stop or due(args.log_every)):
             continue
@@ -602,7 +602,7 @@ def make_parser():
     add("--memory-gb", None, "what a process may take (what is free)", type=positive_float)
 
     group = parser.add_argument_group("output")
-    add("--out", None, "folder of the run (out/PRESET-TEMPORAL and flags of Tables 3 and 4)", type=Path)
+    add("--out", None, "folder of the run (out/PRESET-TEMPORAL, and the network's flags)", type=Path)
     add("--log-every", 100, "steps between log lines", type=positive_int)
     add("--eval-every", 1000, "steps between held-out losses", type=positive_int)
     add("--sample-every", 10_000, "steps between sample grids", type=positive_int)
@@ -628,15 +628,14 @@ def parse_args(argv=None):
     are impossible together."""
     parser, defaults, _ = make_parser()
     explicit = vars(parser.parse_args(argv))
-    frames, size = (explicit.get(name, defaults[name]) for name in ("frames", "size"))
+    frames, size, temporal = (explicit.get(name, defaults[name]) for name in ("frames", "size", "temporal"))
     nearest = "ucf101-64" if size == 64 else "ucf101-32"
     if frames != 16:
         nearest = min(("minerl-64", "minerl-200", "minerl-400"), key=lambda name: abs(PRESETS[name]["frames"] - frames))
     preset = explicit.get("preset", nearest)
     variant = [name.replace("_", "-") + ("" if value is True else f"-{value}")
-               for name, value in sorted(explicit.items()) if name in NAMED]
-    name = "-".join([preset, explicit.get("temporal", defaults["temporal"]), *variant])
-    out = explicit.get("out") or Path("out") / name
+               for name, value in sorted(explicit.items()) if name in IN_OUT_NAME]
+    out = explicit.get("out") or Path("out", "-".join([preset, temporal, *variant]))
     given = read_config(out, defaults) | explicit
     if "preset" not in given:  # only a preset that is asked for trains on the test videos, too
         given = {"preset": nearest, "split": "train"} | given

@@ -46,8 +46,8 @@ LAYERS = {"ssm": ["--temporal", "ssm"],
           "mamba-unidirectional": ["--temporal", "mamba", "--unidirectional"]}
 PAIRS = [(name, "ssm") for name in LAYERS if name != "ssm"] + [("mamba-unidirectional", "mamba")]
 NETWORK = ("--preset tiny --size 8 --frames 16 --base-channels 16 --channel-mults 1 2 --batch-size 4 --ema-decay 0.98 "
-           "--precision float32 --workers 0 --grad-accum 1 --grid-samples 0 --eval-clips 64 --eval-every 250 --save-every 250"
-           ).split()
+           "--precision float32 --workers 0 --grad-accum 1 --grid-samples 0 --eval-clips 64 --eval-every 250 "
+           "--save-every 250").split()
 REACH = 1  # mazes move by one pixel a frame at 8x8
 PLACES = {"first 2": slice(0, 2), "others": slice(2, -2), "last 2": slice(-2, None)}  # frames of a clip
 
@@ -70,8 +70,8 @@ def main():
 
 
 def measure(layer, seed, flags, others):
-    """Train, unless that is done -> a record for every held-out loss in the run's log; the last one has what is measured
-    on the trained network, too, unless it has been trained further since."""
+    """Train, unless that is done -> a record for every held-out loss in the run's log; the last one also has what is
+    measured on the trained network, unless it has been trained further since."""
     out = flags.out / layer / str(seed)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     train(parse_args([*NETWORK, *LAYERS[layer], "--seed", str(seed), "--steps", str(flags.steps), "--out", str(out),
@@ -148,8 +148,8 @@ def report(records, flags):
     def rows(some, step, value, label):
         for pair in pairs:
             if found := paired(some, pair, step, value):
-                print(f"| {pair[0]} − {pair[1]} |{label} "
-                      + " | ".join(f"{mean:+.1f} ± {error:.1f}" for mean, error in zip(*map(np.atleast_1d, found))) + " |")
+                cells = (f"{mean:+.1f} ± {error:.1f}" for mean, error in zip(*map(np.atleast_1d, found)))
+                print(f"| {pair[0]} − {pair[1]} |{label} " + " | ".join(cells) + " |")
 
     print(f"\nseeds {flags.seeds}; differences in per cent")
     print("\n| held-out loss | step | all t | quartile 1 | 2 | 3 | 4 |\n" + "|---" * 7 + "|")
