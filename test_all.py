@@ -953,6 +953,10 @@ def test_micro_batches_fit_in_memory(flags, gigabytes, parts, recompute, monkeyp
     else:
         train.fit_memory(args, torch.device("cpu"))
         assert (args.grad_accum, args.grad_checkpoint) == (parts, recompute)
+    if recompute:
+        args = train.parse_args(["--preset", "tiny", "--no-grad-checkpoint", *flags])
+        with pytest.raises(UserError, match="1.0 GB even with single clips; 0.9 GB"):
+            train.fit_memory(args, torch.device("cpu"))
 
 
 def test_processes_choose_the_same_micro_batches(monkeypatch):
@@ -961,7 +965,7 @@ def test_processes_choose_the_same_micro_batches(monkeypatch):
     others = iter([False, False, False, True])  # for 2, then 1, 2, 4
     monkeypatch.setattr(train, "gather", lambda value: [value, next(others)])
     args = train.parse_args("--preset tiny --grad-accum 2".split())
-    args.fixed = False
+    args.fixed = set()
     train.fit_memory(args, torch.device("cpu"))
     assert args.grad_accum == 4
 

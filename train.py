@@ -492,17 +492,19 @@ def fit_memory(args, device):
         # the gradients of the micro-batches before are there, and DDP has a copy of them
         return memory + (earlier + (world_size > 1)) * gradients
 
-    choices = [(parts, recompute) for recompute in sorted({bool(args.grad_checkpoint), True})
+    fixed, may_recompute = "grad_accum" in args.fixed, args.grad_checkpoint or "grad_checkpoint" not in args.fixed
+    choices = [(parts, recompute) for recompute in sorted({bool(args.grad_checkpoint), may_recompute})
                for parts in range(1, share + 1) if share % parts == 0]
     if args.grad_accum and share % args.grad_accum == 0:
         choices.insert(0, (args.grad_accum, args.grad_checkpoint))
     for parts, recompute in choices:
-        expected = None if args.fixed and not args.dry_run else takes(share // parts, recompute)
-        if args.fixed or all(gather(expected <= limit)):  # on every process, or on none
+        expected = None if fixed and not args.dry_run else takes(share // parts, recompute)
+        if fixed or all(gather(expected <= limit)):  # on every process, or on none
             break
     else:
-        raise UserError(f"a training step takes {expected / 2**30:.1f} GB even with single clips and recomputation; "
-                        f"{limit / 2**30:.1f} GB are free; try a smaller --frames, --size or --base-channels")
+        raise UserError(f"a training step takes {expected / 2**30:.1f} GB even with single clips"
+                        f"{' and recomputation' * recompute}; {limit / 2**30:.1f} GB are free; try a smaller --frames, "
+                        "--size or --base-channels")
     if args.grad_accum not in (None, parts):
         say("the micro-batches of this run do not fit here: others give the same sums but for their last bits")
     args.grad_accum, args.grad_checkpoint = parts, recompute
@@ -640,7 +642,8 @@ def parse_args(argv=None):
     if "preset" not in given:  # only a preset that is asked for trains on the test videos, too
         given = {"preset": nearest, "split": "train"} | given
     preset = given["preset"]
-    args = argparse.Namespace(**defaults | PRESETS[preset] | given | {"out": out, "fixed": "grad_accum" in explicit})
+    fixed = {"grad_accum", "grad_checkpoint"} & explicit.keys()  # not to be chosen by memory
+    args = argparse.Namespace(**defaults | PRESETS[preset] | given | {"out": out, "fixed": fixed})
     if args.temporal in ("gss", "mamba"):
         args.mlp_dim = given.get("mlp_dim")  # their own defaults, not the preset's
     if args.ssm == "s6":
