@@ -1160,7 +1160,8 @@ def test_sample_writes_what_data_reads(small_checkpoint, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     Path("out/a run").mkdir(parents=True)
     Path("out/ckpt.pt").touch()
-    shutil.copy(small_checkpoint, "out/a run/ckpt.pt")  # newer than that
+    os.utime("out/ckpt.pt", (1, 1))
+    shutil.copy(small_checkpoint, "out/a run/ckpt.pt")  # newer
     run_sample(monkeypatch, "--num", 3, "--batch-size", 2, "--frames", 9, "--size", 16)
     assert "warning: trained on 5 frames, 8x8" in capsys.readouterr().out
     [path] = Path("out/a run").glob("samples_0000001_*.npy")
