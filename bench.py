@@ -45,7 +45,7 @@ import train
 from command import (Parser, UserError, autocast, choose_device, choose_precision, peak_memory, positive_float,
                      positive_int, run, whole_file)
 from data import DataError
-from s4d import TemporalSSM, apply_mlp, cached_kernels, weights
+from s4d import TemporalSSM, cached_kernels
 
 Row = namedtuple("Row", "what frames temporal form")  # form: "ours" or "textbook"
 COLUMNS = "M parameters", "seconds", "GB", "ms per frame", "MB per frame", "ratio of seconds", "ratio of GB"
@@ -69,12 +69,11 @@ GPU_PLAN = (  # what --gpu runs, in the order that loses least if time runs out:
 
 def textbook_temporal_ssm(layer, x):
     """As in the paper's Sec. 3.2."""
-    mlp = functools.partial(apply_mlp, mlp=weights(layer.mlp))
     H = layer.norm(x)
     X = rearrange(H, "b f h w c -> (b h w) f c")
-    X = mlp(X) if layer.mlp_position == "pre" else X
+    X = layer.apply_mlp(X) if layer.mlp_position == "pre" else X
     U = sum(textbook_s4d(ssm, X.flip(1)).flip(1) if ssm.reverse else textbook_s4d(ssm, X) for ssm in layer.directions)
-    U = mlp(U) if layer.mlp_position == "post" else U
+    U = layer.apply_mlp(U) if layer.mlp_position == "post" else U
     return (x if layer.skip == "input" else H) + rearrange(U, "(b h w) f c -> b f h w c", h=x.shape[2], w=x.shape[3])
 
 

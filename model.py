@@ -22,7 +22,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-import s4d
 from s4d import (S6, DiagonalSSM, TemporalSSM, at_least_float32, autocast_off, by_positions, by_rows, check_frames,
                  checkpointed, chunk_size, in_chunks, layer_norm)
 
@@ -180,9 +179,9 @@ def compile_tails(backend="inductor"):
     error instead of falling back to eager execution.
     """
     import torch._dynamo.config as dynamo
-    dynamo.cache_size_limit, dynamo.fail_on_cache_limit_hit = 256, True  # aliases of later names
-    for names, name in [(vars(s4d), "ssm_tail"), (globals(), "norm_act"), (globals(), "linear_attention")]:
-        names[name] = torch.compile(names[name], backend=backend, fullgraph=True, dynamic=False)
+    dynamo.cache_size_limit = 256  # an alias of later names; beyond it, fullgraph raises
+    for owner, name in [(TemporalSSM, "tail"), (Block, "norm_act"), (SpatialLinearAttention, "attend")]:
+        setattr(owner, name, torch.compile(getattr(owner, name), backend=backend, fullgraph=True, dynamic=False))
 
 
 def count_parameters(module):
@@ -216,8 +215,13 @@ class Block(nn.Module):
         self.norm = nn.GroupNorm(groups, c_out)
 
     def forward(self, x, scale=None, shift=None):
-        norm = self.norm
-        return norm_act(conv_per_frame(self.conv, x), norm.weight, norm.bias, norm.num_groups, scale, shift)
+        return self.norm_act(conv_per_frame(self.conv, x), scale, shift)
+
+    def norm_act(self, x, scale, shift):
+        """SiLU(GroupNorm(x) (scale + 1) + shift); x (b, f, h, w, c), scale, shift (b, c) or None -> x's shape, dtype."""
+        group_norm = native_group_norm if x.device.type == "cpu" else framewise_group_norm
+        with autocast_off(x.device):
+            return F.silu(group_norm(x, self.norm, scale, shift).to(x.dtype))
 
 
 def conv_per_frame(conv, x):
@@ -231,30 +235,23 @@ def conv_per_frame(conv, x):
     return conv(frames).permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
 
 
-def norm_act(x, weight, bias, groups, scale=None, shift=None):
-    """SiLU(GroupNorm(x) (scale + 1) + shift); x (b, f, h, w, c), scale, shift (b, c) or None -> x's shape and dtype."""
-    group_norm = native_group_norm if x.device.type == "cpu" else framewise_group_norm
-    with autocast_off(x.device):
-        return F.silu(group_norm(x, weight, bias, groups, scale, shift).to(x.dtype))
-
-
-def native_group_norm(x, weight, bias, groups, scale, shift):
+def native_group_norm(x, norm, scale, shift):
     """For CPUs, a third faster there; on a GPU it would leave all the frames of a group to one block of threads."""
-    y = F.group_norm(x.flatten(1, 2).permute(0, 3, 1, 2), groups, weight, bias)             # b c f·h w
+    y = norm(x.flatten(1, 2).permute(0, 3, 1, 2))                                           # b c f·h w
     y = y.permute(0, 2, 3, 1).reshape(x.shape)
     return y if scale is None else torch.addcmul(shift[:, None, None, None], y, scale[:, None, None, None] + 1)
 
 
-def framewise_group_norm(x, weight, bias, groups, scale, shift, eps=1e-5):
+def framewise_group_norm(x, norm, scale, shift):
     """The same from sums over each frame, which keep all of a GPU busy; in float32, with no copy of x in float32."""
-    parts, dtype = x.unflatten(-1, (groups, -1)), at_least_float32(weight).dtype            # b f h w g c/g
+    parts, dtype = x.unflatten(-1, (norm.num_groups, -1)), at_least_float32(norm.weight).dtype  # b f h w g c/g
     size = math.prod(parts.shape[2:4]) * parts.shape[5]
     mean = parts.mean((2, 3, 5), dtype=dtype).mean(1)                                       # b g
     square = torch.linalg.vector_norm(parts, dim=(2, 3, 5), dtype=dtype).square().mean(1) / size
-    gain = ((square - mean.square()).clamp(min=0) + eps).rsqrt()        # 1/σ, σ² = E x² - (E x)²; b g
+    gain = ((square - mean.square()).clamp(min=0) + norm.eps).rsqrt()   # 1/σ, σ² = E x² - (E x)²; b g
     mean, gain = (z.repeat_interleave(parts.shape[5], 1) for z in (mean, gain))             # b c
-    gain = gain * weight
-    offset = bias - mean * gain                             # GroupNorm(x) = x · gain + offset
+    gain = gain * norm.weight
+    offset = norm.bias - mean * gain                             # GroupNorm(x) = x · gain + offset
     if scale is not None:
         gain, offset = gain * (scale + 1), offset * (scale + 1) + shift
     gain, offset = (z.to(x.dtype)[:, None, None, None] for z in (gain, offset))             # b 1 1 1 c
@@ -300,23 +297,18 @@ class SpatialLinearAttention(SpatialAttention):
     output_bias = True
 
     def attend(self, x):
-        out = self.to_out
-        return linear_attention(x, self.norm.weight, self.to_qkv.weight, out.weight, out.bias, self.heads)
-
-
-def linear_attention(x, norm, to_qkv, to_out, bias, heads):
-    """`SpatialLinearAttention` of n frames with p positions, from its weights: x (n, p, c) -> (n, p, c)."""
-    qkv = F.linear(layer_norm(x, norm), to_qkv)
-    q, k, v = (part.unflatten(-1, (heads, -1)) for part in qkv.chunk(3, -1))                # n p heads d
-    with autocast_off(x.device):
-        q, k = q.softmax(-1), k.softmax(1)
-    context = torch.einsum("nphd,nphe->nhde", k, v) * q.shape[-1] ** -0.5
-    if x.shape[1] < x.shape[2]:
-        out = torch.einsum("nphd,nhde->nphe", q, context).flatten(2)                        # n p heads·e
-        return x + F.linear(out, to_out, bias)
-    # with many positions, context and W_out are made one matrix per frame first
-    matrix = torch.einsum("nhde,che->nhdc", context, to_out.unflatten(1, (heads, -1))).flatten(1, 2)
-    return x + torch.baddbmm(bias, q.flatten(2), matrix)
+        qkv = self.to_qkv(layer_norm(x, self.norm.weight))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv.chunk(3, -1))       # n p heads d
+        with autocast_off(x.device):
+            q, k = q.softmax(-1), k.softmax(1)
+        context = torch.einsum("nphd,nphe->nhde", k, v) * q.shape[-1] ** -0.5
+        if x.shape[1] < x.shape[2]:
+            out = torch.einsum("nphd,nhde->nphe", q, context).flatten(2)                    # n p heads·e
+            return x + self.to_out(out)
+        # with many positions, context and W_out are made one matrix per frame first
+        W_out = self.to_out.weight.unflatten(1, (self.heads, -1))                           # c heads e
+        matrix = torch.einsum("nhde,che->nhdc", context, W_out).flatten(1, 2)
+        return x + torch.baddbmm(self.to_out.bias, q.flatten(2), matrix)
 
 
 # ---------------------------------------------------------------------------------------- temporal layers

@@ -20,7 +20,7 @@ The SSM (Gu et al. 2022, "On the Parameterization and Initialization of Diagonal
 and unrolled, y = K * u + D u with K_l = 2 Re Σ_n C_n (exp(ΔA_n) - 1)/A_n · exp(ΔA_n l).
 """
 import contextlib
-import functools
+import importlib.util
 import math
 
 import torch
@@ -68,30 +68,21 @@ class TemporalSSM(nn.Module):
     def forward(self, X):
         check_frames(X, self.norm)
         H = layer_norm(X, self.norm.weight)                                                 # b f ... c
-        skip, mlp = X if self.skip == "input" else H, weights(self.mlp)
+        skip = X if self.skip == "input" else H
         if self.mlp_position == "pre":
-            H, mlp = by_rows(functools.partial(apply_mlp, mlp=mlp), H), ()
+            H = by_rows(self.apply_mlp, H)
         ys = convolve(H, self.directions)               # SSM_fwd(H), Flip(SSM_bwd(Flip(H))): each b f ... c
-        glu = weights(ssm.output_linear for ssm in self.directions)
-        return by_rows(functools.partial(ssm_tail, glu=glu, mlp=mlp), skip, *ys)            # b f ... c
+        return by_rows(self.tail, skip, *ys)                                                # b f ... c
 
+    def tail(self, skip, *ys):
+        """O = MLP(F + Flip(B)) + skip, of skip and the SSMs' outputs y, (rows, c) each."""
+        U = sum(F.glu(ssm.output_linear(F.gelu(y))) for y, ssm in zip(ys, self.directions))
+        return (self.apply_mlp(U) if self.mlp_position == "post" else U) + skip
 
-def ssm_tail(skip, *ys, glu, mlp):
-    """O = MLP(F + Flip(B)) + skip, of skip and the SSMs' outputs y, (rows, c) each; glu, mlp: see `weights`."""
-    U = sum(F.glu(F.linear(F.gelu(y), *layer)) for y, layer in zip(ys, glu))
-    return apply_mlp(U, mlp) + skip
-
-
-def apply_mlp(x, mlp):
-    """Linear, GELU, Linear; or GELU(Linear); or x."""
-    x = F.gelu(F.linear(x, *mlp[0])) if mlp else x
-    return F.linear(x, *mlp[1]) if len(mlp) == 2 else x
-
-
-def weights(layers):
-    """-> ((weight, bias), ...) of linear layers: as arguments, so that one compiled `ssm_tail` serves all layers. Their
-    forward is never called: what hooks or wraps it, such as LoRA, has no effect."""
-    return tuple((layer.weight, layer.bias) for layer in layers)
+    def apply_mlp(self, x):
+        """Linear, GELU, Linear; or GELU(Linear); or x."""
+        x = F.gelu(self.mlp[0](x)) if self.mlp else x
+        return self.mlp[1](x) if len(self.mlp) == 2 else x
 
 
 def check_frames(X, norm):
@@ -135,9 +126,8 @@ def in_chunks(function, *tensors, size):
     count = computed = len(tensors[0])
     if without_data(tensors[0]):  # one chunk tells what each takes while it is computed
         computed = min(count, (kept + 1) * size)
-    outs = []
-    for part in zip(*(tensor[:computed].split(size) for tensor in tensors)):
-        outs.append(function(*part) if len(outs) < kept else checkpointed(function, *part))
+    parts = zip(*(tensor[:computed].split(size) for tensor in tensors))
+    outs = [function(*part) if i < kept else checkpointed(function, *part) for i, part in enumerate(parts)]
     if computed < count:  # of the others their outputs and gradients will do
         rest = sum(tensor[computed:, ..., :1] for tensor in tensors).to(outs[0])
         outs.append(rest.expand(-1, *outs[0].shape[1:]).clone())
@@ -347,6 +337,7 @@ class S6(nn.Module):
         self.dt_proj = nn.Linear(dt_rank, d)
         self.A_log = nn.Parameter(torch.log(torch.arange(1, state_size + 1).float()).repeat(d, 1))
         self.D = nn.Parameter(torch.ones(d))
+        self.has_kernel = importlib.util.find_spec("mamba_ssm") is not None
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-dt_rank ** -0.5, dt_rank ** -0.5)
             dt = torch.exp(torch.rand(d) * math.log(dt_max / dt_min) + math.log(dt_min))
@@ -354,7 +345,7 @@ class S6(nn.Module):
 
     def forward(self, u):
         u = u.flip(1) if self.reverse else u
-        fused = u.is_cuda and not without_data(u) and fused_selective_scan()
+        fused = self.has_kernel and u.is_cuda and not without_data(u)
         numbers = 2 ** 19 if u.device.type == "cpu" else 2 ** 25  # in the states that exist at once
         size = None if fused else max(1, numbers // (self.A_log.numel() * u.shape[1]))
         y = by_positions(self.fused if fused else self.scan, u, size)
@@ -374,22 +365,14 @@ class S6(nn.Module):
         return y.transpose(0, 1).to(u.dtype)
 
     def fused(self, u):
-        """`scan` by `fused_selective_scan`, whose tensors have frames last."""
+        """`scan` by the kernel of mamba-ssm, whose tensors have frames last."""
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # here: not everybody has it
+
         dt, B, C = F.linear(u, self.x_proj.weight).split(self.sizes, -1)                    # p L rank, p L N, p L N
         dt = F.linear(dt, self.dt_proj.weight)                                              # p L d
         u, dt, B, C = (x.to(u.dtype).mT.contiguous() for x in (u, dt, B, C))                # p d L, p d L, p N L, p N L
         A, D, bias = -torch.exp(self.A_log.float()), self.D.float(), self.dt_proj.bias.float()
-        return fused_selective_scan()(u, dt, A, B, C, D, delta_bias=bias, delta_softplus=True).mT
-
-
-@functools.cache
-def fused_selective_scan():
-    """The CUDA kernel of the package mamba-ssm; None where it is not installed."""
-    try:
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-    except ImportError:
-        return None
-    return selective_scan_fn
+        return selective_scan_fn(u, dt, A, B, C, D, delta_bias=bias, delta_softplus=True).mT
 
 
 class Recurrence(torch.autograd.Function):

@@ -19,6 +19,7 @@ import socket
 import struct
 import sys
 import time
+import types
 import warnings
 from fractions import Fraction
 from importlib.util import find_spec
@@ -409,7 +410,8 @@ def test_s6_by_the_kernel_of_mamba_ssm(monkeypatch):
         return selective_recurrence(u.mT, dt.mT, A, B.mT, C.mT, D).mT
 
     ssm, u = randomise(s4d.S6(6, state_size=4, dt_rank=2)), torch.randn(3, 11, 6)
-    monkeypatch.setattr(s4d, "fused_selective_scan", lambda: selective_scan_fn)
+    package = types.SimpleNamespace(selective_scan_fn=selective_scan_fn)
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", package)
     assert relative(ssm.fused(u), ssm.scan(u)) < 1e-5
 
 
@@ -441,10 +443,9 @@ def gradients(net, x, t, **settings):
 @pytest.fixture
 def restore_tails(monkeypatch):
     """Undo what `compile_tails` does to the modules and to torch."""
-    for module, names in [(s4d, ["ssm_tail"]), (model, ["norm_act", "linear_attention"]),
-                          (torch._dynamo.config, ["cache_size_limit", "fail_on_cache_limit_hit"])]:
-        for name in names:
-            monkeypatch.setattr(module, name, getattr(module, name))
+    for owner, name in [(TemporalSSM, "tail"), (model.Block, "norm_act"), (model.SpatialLinearAttention, "attend"),
+                        (torch._dynamo.config, "cache_size_limit")]:
+        monkeypatch.setattr(owner, name, getattr(owner, name))
     yield
     torch.compiler.reset()
 
@@ -540,10 +541,11 @@ class Counted(LiveMemory):
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
-@pytest.mark.parametrize("grad_checkpoint, gigabytes, operations", [(False, 55, 18_800), (True, 14, 25_300)])
+@pytest.mark.parametrize("grad_checkpoint, gigabytes, operations", [(False, 55, 19_500), (True, 14, 27_600)])
 def test_a_step_of_the_papers_longest_videos_on_a_gpu(grad_checkpoint, gigabytes, operations, monkeypatch):
     """minerl-400 in bf16, on tensors without data."""
     monkeypatch.setattr(s4d, "without_data", lambda x: False)  # every chunk
+    monkeypatch.setattr(torch, "meta", torch.cpu, raising=False)  # PyTorch 2.5's checkpoint asks for such a module
     with torch.device("meta"):
         net = UNet3D(UNetConfig(), grad_checkpoint)
         x, t = torch.empty(8, 3, 400, 32, 32), torch.zeros(8, dtype=torch.long)
@@ -1151,7 +1153,7 @@ def small_checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoint") / "ckpt.pt"
     args = train.parse_args([*TRAIN, "--channel-mults", "1", "2"])
     config = train.unet_config(args)
-    torch.save({"step": 1, "config": vars(args) | {"out": None}, "unet": dataclasses.asdict(config),
+    torch.save({"step": 1, "config": vars(args) | {"out": None, "fixed": None}, "unet": dataclasses.asdict(config),
                 "ema": UNet3D(config).state_dict()}, path)
     return path
 
