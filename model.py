@@ -336,7 +336,7 @@ class TemporalAttention(Attention):
     """Attention over the frames at each position, as in VDM: residual, rotary embedding, relative position bias.
 
     head_dim: even. forward: X (b, f, ..., c), bias (heads, f, f) -> the shape of X.
-    impl: "sdpa", PyTorch's fused attention (a CPU has none in training, where the bias needs a gradient) on some
+    impl: "sdpa", PyTorch's fused attention, or the formula where it has none that gives the bias a gradient, on some
         positions at a time, recomputed in the backward pass: but for the bias, memory is linear in the frames, in
         training too. (The kernel alone would not do: the bias has a gradient for every logit treated at once.)
         "math", the formula with all logits kept: the memory that the paper reports, quadratic in the frames.
@@ -367,7 +367,7 @@ class TemporalAttention(Attention):
 
     def attention(self, q, k, v, bias):
         """q, k, v: (p, heads, f, d) -> (p, heads, f, d)."""
-        if self.impl == "sdpa":
+        if self.impl == "sdpa" and (q.is_cuda or not bias.requires_grad):
             # [None]: the CPU's fused kernel takes no mask of three dimensions
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
         logits = q @ k.mT * q.shape[-1] ** -0.5 + bias                                      # p heads f f
