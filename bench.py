@@ -6,7 +6,8 @@
         --temporal ssm attention "attention --attention-impl math" linear-attention lstm                     # Table 1
     python bench.py --what train --temporal ssm --frames 200 --baseline  # against the textbook
     python bench.py --budget-gb 24 --frames 256 --batch-size 8           # the widest network that fits
-    python bench.py --gpu --out gpu.md                                   # all there is to know of a GPU, in ten minutes
+    python bench.py --gpu --out gpu.md                                   # what there is to know of a GPU; ten minutes,
+                                                                         # and again for what is left then
 
 Each row is measured in a process of its own: one step to warm up, then --repeats steps, whose median counts. Flags that
 --help does not list are train.py's, for all rows or, in quotes with a temporal layer, for its rows; unless given, the
@@ -53,15 +54,17 @@ BUDGET_COLUMNS = "base channels", "M parameters", "GB", "GB of the next width"
 
 STEP = "bench.py --batch-size 8 --precision bf16 --repeats 3 --frames 400 --temporal ssm --what train"  # of minerl-400
 LEAN, DRAW = f"{STEP} --grad-checkpoint", STEP.replace("train", "sample")
-TRAIN = "train.py --preset minerl-400 --eval-clips 0 --grid-samples 0 --grad-checkpoint --out out/gpu --steps"
+TRAIN = "train.py --preset minerl-400 --eval-clips 0 --grid-samples 0 --grad-checkpoint --out OUT --steps"
+TEST = "-m pytest -q test_all.py -k"
 TIME = "-m timeit -s \"import torch; x = torch.ones(2**14, 2**14, device='cuda', dtype=torch.bfloat16); y = x.clone()\""
 COPY, PRODUCT = (f"{TIME} '{operation}; torch.cuda.synchronize()'" for operation in ("y.copy_(x)", "x @ y"))
-GPU_PLAN = (  # what --gpu runs, in the order that loses least if time runs out: seconds at most, command
-    (30, "-m torch.utils.collect_env"), (30, COPY), (30, PRODUCT), (120, "-m pytest -q test_all.py -k gpu"),
+GPU_PLAN = (  # what --gpu runs, in the order that loses least if time runs out: seconds at most, command; OUT: a folder
+    (30, "-m torch.utils.collect_env"), (30, COPY), (30, PRODUCT), (90, f"{TEST} 'test_gpu and not compiled'"),
     (60, STEP), (60, LEAN), (60, f"{LEAN} --profile"), (40, f"{DRAW} --batch-size 1"), (40, DRAW),
     (30, f"{STEP} --what layer --channels 64"), (30, f"{STEP} --what layer --channels 512 --size 4"),
-    (120, f"{LEAN} --compile"), (90, f"{DRAW} --compile"), (60, f"{TRAIN} 10"), (60, f"{TRAIN} 20"),
-    (120, f"{LEAN} --frames 64 200 400 --temporal ssm attention linear-attention"))
+    (200, f"{LEAN} --compile"), (90, f"{DRAW} --compile"), (60, f"{TRAIN} 10"), (60, f"{TRAIN} 20"),
+    (120, f"{LEAN} --frames 64 200 400 --temporal ssm attention linear-attention"),
+    (200, f"{TEST} 'test_gpu and compiled'"), (30, f"{STEP} --what layer --channels 64 --temporal mamba"))
 
 
 # ---------------------------------------------------------------------------------------- the textbook
@@ -234,15 +237,20 @@ def draw(path, results):
 
 
 def gpu_session(out, minutes=10):
-    """Run GPU_PLAN; append what the commands print to `out` as it comes, and their exit status: 124 is out of time."""
+    """Run the commands of GPU_PLAN that `out` does not have yet and for which there is time; append what they print to
+    it as it comes, and their exit status: 124 is out of time."""
     choose_device("cuda")  # raises UserError without one
     end = time.monotonic() + 60 * minutes
     for limit, command in GPU_PLAN:
+        heading = f"\n## python {command}\n"
+        if out.exists() and heading in out.read_text() or end - time.monotonic() < limit:
+            continue
         # an interrupt, so that bench.py ends the process of its row; in our group, so that Ctrl-C reaches it
-        timeout = f"timeout --foreground --signal=INT --kill-after=5 {max(1, min(limit, end - time.monotonic()))}"
+        timeout = f"timeout --foreground --signal=INT --kill-after=5 {limit}"
+        words = [str(out.absolute().with_suffix("")) if word == "OUT" else word for word in shlex.split(command)]
         with open(out, "a") as file:
-            print(f"\n## python {command}\n", file=file, flush=True)
-            status = subprocess.run([*timeout.split(), sys.executable, *shlex.split(command)], stdout=file,
+            print(heading, file=file, flush=True)
+            status = subprocess.run([*timeout.split(), sys.executable, *words], stdout=file,
                                     stderr=subprocess.STDOUT, cwd=Path(__file__).parent).returncode
             print(f"\nexit status {status}", file=file)
 

@@ -180,6 +180,7 @@ def compile_tails(backend="inductor"):
     """
     import torch._dynamo.config as dynamo
     dynamo.cache_size_limit = 256  # an alias of later names; beyond it, fullgraph raises
+    dynamo.optimize_ddp = False  # it would cut the functions into pieces, and PyTorch 2.5 would fail
     for owner, name in [(TemporalSSM, "tail"), (Block, "norm_act"), (SpatialLinearAttention, "attend")]:
         setattr(owner, name, torch.compile(getattr(owner, name), backend=backend, fullgraph=True, dynamic=False))
 
@@ -284,7 +285,7 @@ class SpatialAttention(Attention):
 
     def forward(self, x):
         frames = rearrange(x, "b f h w c -> (b f) (h w) c")
-        size = min(MAX_SEQUENCES, max(1, chunk_size(x.device) // frames.shape[1]))
+        size = max(1, min(MAX_SEQUENCES // self.heads, chunk_size(x.device) // frames.shape[1]))
         return in_chunks(self.attend, frames, size=size).view_as(x)
 
     def attend(self, x):
@@ -408,7 +409,8 @@ class RelativePositionBias(nn.Module):
         distance = offset.abs()
         far = 8 + (torch.log(distance.clamp(min=1).float() / 8) / math.log(32 / 8) * 8).long()
         bucket = torch.where(distance < 8, distance, far.clamp(max=15))
-        return rearrange(self.table(bucket + 16 * (offset > 0)), "i j heads -> heads i j")
+        bias = rearrange(self.table(bucket + 16 * (offset > 0)), "i j heads -> heads i j")
+        return bias.contiguous()  # CUDA's fused kernels take no other
 
 
 class TemporalLSTM(nn.Module):

@@ -346,7 +346,7 @@ class S6(nn.Module):
     def forward(self, u):
         u = u.flip(1) if self.reverse else u
         fused = self.has_kernel and u.is_cuda and not without_data(u)
-        numbers = 2 ** 19 if u.device.type == "cpu" else 2 ** 25  # in the states that exist at once
+        numbers = 2 ** 19 if u.device.type == "cpu" else 2 ** 27  # in the states that exist at once
         size = None if fused else max(1, numbers // (self.A_log.numel() * u.shape[1]))
         y = by_positions(self.fused if fused else self.scan, u, size)
         return y.flip(1) if self.reverse else y

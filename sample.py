@@ -21,6 +21,7 @@ Glossary
     block           frames that are drawn at once
 """
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -116,6 +117,8 @@ def cuda_graphs(net):
         if torch.is_grad_enabled():
             return net(*inputs)
         if x.shape not in graphs:
+            graphs.clear()  # the last batch may be smaller, and each graph keeps the memory of a batch
+            gc.collect()
             torch.set_autocast_cache_enabled(False)  # graphs do not go with it; autocast restores it at its end
             static = tuple(value.clone() for value in inputs)
             graphs[x.shape] = torch.cuda.make_graphed_callables(functools.partial(net), static)
@@ -126,7 +129,7 @@ def cuda_graphs(net):
 
 
 def sampling_batch(net, shape, device, precision, gradient):
-    """-> how many videos to draw at once: 8 on a CPU and 64 on a GPU, where more are not faster, or as many as there is
+    """-> how many videos to draw at once: 8 on a CPU and 32 on a GPU, where more are not faster, or as many as there is
     free memory for, counted on tensors without data; a quarter is left for the workspaces of PyTorch's kernels.
 
     shape: (b, c, f, h, w) of the network's input for one of them. gradient: whether a step takes the input's gradient.
@@ -139,7 +142,7 @@ def sampling_batch(net, shape, device, precision, gradient):
         if gradient:
             y.sum().backward()
     fitting = 0.75 * free_memory(device) / (memory.peak - parameters)
-    return max(1, min(8 if device.type == "cpu" else 64, int(fitting)))
+    return max(1, min(8 if device.type == "cpu" else 32, int(fitting)))
 
 
 # ---------------------------------------------------------------------------------------- pictures

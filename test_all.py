@@ -33,6 +33,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageSequence
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -204,6 +205,7 @@ def test_reference_attention(frames, impl, no_norm, monkeypatch):
     archive = np.load(REFERENCE / "layers.npz")
     tag = f"attention_{frames}_frames/"
     bias = model.RelativePositionBias(heads=2)
+    assert bias(frames).stride(-1) == 1, "else CUDA's fused attention falls back to the formula"
     bias.table.weight.data = torch.from_numpy(archive[tag + "bias_table"])
     assert relative(bias(frames), torch.from_numpy(archive[tag + "bias"])) < 1e-6
     layer = load_reference(model.TemporalAttention(8, heads=2, head_dim=64, impl=impl), archive, tag)
@@ -444,7 +446,7 @@ def gradients(net, x, t, **settings):
 def restore_tails(monkeypatch):
     """Undo what `compile_tails` does to the modules and to torch."""
     for owner, name in [(TemporalSSM, "tail"), (model.Block, "norm_act"), (model.SpatialLinearAttention, "attend"),
-                        (torch._dynamo.config, "cache_size_limit")]:
+                        (torch._dynamo.config, "cache_size_limit"), (torch._dynamo.config, "optimize_ddp")]:
         monkeypatch.setattr(owner, name, getattr(owner, name))
     yield
     torch.compiler.reset()
@@ -583,15 +585,15 @@ def test_gpu_s4d_kernel_and_convolutions():
 
 
 @gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_gpu_bfloat16_against_float32_and_compiled(compiled, restore_tails):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_gpu_bfloat16_against_float32(compiled, restore_tails):
     net = UNet3D(UNetConfig(**PAPER)).cuda()
     x, t = torch.randn(1, 3, 16, 32, 32, device="cuda"), torch.tensor([100], device="cuda")
-    expected = gradients(net, x, t, enabled=compiled)  # float32, or eager bf16
-    if compiled:
+    expected = gradients(net, x, t, enabled=False)
+    if compiled:  # not against eager bf16: a fused function rounds less often
         model.compile_tails()
     ours = gradients(net, x, t)
-    assert relative(ours[0], expected[0]) < (1e-2 if compiled else 3e-2)
+    assert relative(ours[0], expected[0]) < 3e-2
     flat = [torch.cat([gradient.flatten() for gradient in result[1:]]) for result in (ours, expected)]
     assert F.cosine_similarity(*flat, dim=0) > 0.99
 
@@ -599,20 +601,20 @@ def test_gpu_bfloat16_against_float32_and_compiled(compiled, restore_tails):
 @gpu
 @pytest.mark.parametrize("f", [16, 37, 64, 400])
 def test_gpu_fused_attention_is_the_formula(f):
-    layer = model.TemporalAttention(16, heads=2, head_dim=64).cuda()
-    x, bias = torch.randn(1, f, 4, 4, 16, device="cuda"), torch.randn(2, f, f, device="cuda", requires_grad=True)
-    results = []
+    layer, bias = model.TemporalAttention(16, heads=2, head_dim=64).cuda(), model.RelativePositionBias(2).cuda()
+    x, results = torch.randn(1, f, 4, 4, 16, device="cuda"), []
     for layer.impl in ("sdpa", "math"):
-        with torch.autocast("cuda", torch.bfloat16):
-            y = layer(x, bias)
-        results.append((y, *torch.autograd.grad(y.float().square().sum(), bias)))
+        with torch.autocast("cuda", torch.bfloat16), sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):  # no other
+            y = layer(x, bias(f))
+        results.append((y, *torch.autograd.grad(y.float().square().sum(), bias.table.weight)))
     for fused, plain in zip(*results):
         assert relative(fused, plain) < 1e-2
 
 
 @gpu
 @pytest.mark.parametrize("frames", [6, 24])
-def test_gpu_sample_i_does_not_depend_on_its_batch(frames):
+def test_gpu_sample_i_does_not_depend_on_its_batch(frames, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     net, process = randomise(UNet3D(UNetConfig(**TINY))).cuda(), Diffusion(8, "cuda")
     together, alone = (torch.cat([process.sample(net, (len(i), 3, frames, 8, 8), sample_generators(0, i, "cuda"))
                                   for i in batches]) for batches in ([[0, 1, 2]], [[0], [1], [2]]))
