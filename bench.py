@@ -6,8 +6,7 @@
         --temporal ssm attention "attention --attention-impl math" linear-attention lstm                     # Table 1
     python bench.py --what train --temporal ssm --frames 200 --baseline  # against the textbook
     python bench.py --budget-gb 24 --frames 256 --batch-size 8           # the widest network that fits
-    python bench.py --gpu --out gpu.md                                   # what there is to know of a GPU; ten minutes,
-                                                                         # and again for what is left then
+    python bench.py --gpu --out gpu.md      # what there is to know of a GPU: ten minutes, and twice for all of it
 
 Each row is measured in a process of its own: one step to warm up, then --repeats steps, whose median counts. Flags that
 --help does not list are train.py's, for all rows or, in quotes with a temporal layer, for its rows; unless given, the
@@ -47,6 +46,7 @@ from command import (Parser, UserError, autocast, choose_device, choose_precisio
                      positive_int, run, whole_file)
 from data import DataError
 from s4d import TemporalSSM, cached_kernels
+from sample import cast_weights, cuda_graphs
 
 Row = namedtuple("Row", "what frames temporal form")  # form: "ours" or "textbook"
 COLUMNS = "M parameters", "seconds", "GB", "ms per frame", "MB per frame", "ratio of seconds", "ratio of GB"
@@ -152,14 +152,20 @@ def measure(row, args, flags):
     device = choose_device(args.device)
     with device:
         net, inputs = build(row, args, flags.channels)
+    network = net
     if args.compile and row.form == "ours":
         model.compile_tails()
+    if row.what == "sample" and row.form == "ours":  # as sample.py does
+        if choose_precision(device, args.precision) == "bf16":
+            cast_weights(net)
+        if args.compile and device.type == "cuda":
+            network = cuda_graphs(net)
     target = torch.randn_like(inputs[0])
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True) if row.what == "train" else None
 
     def step():
         with autocast(device, args.precision), torch.set_grad_enabled(row.what != "sample"):
-            y = net(*inputs)
+            y = network(*inputs)
         if row.what == "layer":
             torch.autograd.grad(y, [*inputs, *net.parameters()], target.to(y.dtype))
         elif row.what == "train":
@@ -179,7 +185,9 @@ def measure(row, args, flags):
             with torch.profiler.profile() as profile:
                 step()
             print(profile.key_averages().table(f"self_{device.type}_time_total", row_limit=40), file=sys.stderr)
-            print(f"reserved: {torch.cuda.max_memory_reserved() / 2**30:.2f} GB", file=sys.stderr)
+    if device.type == "cuda":
+        reserved = torch.cuda.max_memory_reserved(device) / 2**30
+        print(f"first step: {times[0]:.1f} s; reserved: {reserved:.2f} GB", file=sys.stderr)
     memory = max(2**20, peak_memory(device) - before)  # never 0, for the ratios
     return model.count_parameters(net) / 1e6, sorted(times[1:])[flags.repeats // 2], memory / 2**30
 
@@ -192,7 +200,7 @@ def measure_in_a_process(row):
         return None
     if child.returncode:
         sys.exit(child.stderr.strip())
-    sys.stderr.write(child.stderr)  # the profile
+    sys.stderr.write(child.stderr)  # the profile; on CUDA the first step and the memory reserved
     return json.loads(child.stdout.splitlines()[-1])
 
 
@@ -272,7 +280,7 @@ def parse_args():
     add("--budget-gb", type=positive_float, help="find the widest network whose training step fits, for each layer")
     add("--out", type=Path, help="Markdown file for the table; a figure, with matplotlib, goes beside it")
     add("--gpu", action="store_true", help="run all that there is to measure on a GPU; appended to --out (gpu.md)")
-    add("--profile", action="store_true", help="the forty largest kernels of one more step, and the memory reserved")
+    add("--profile", action="store_true", help="the forty largest kernels of one more step")
     add("--row", type=json.loads, help="measure this row in this process and print its numbers")
     flags, others = parser.parse_known_args()
     if flags.out and flags.out.suffix != ".md":
