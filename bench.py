@@ -6,7 +6,7 @@
         --temporal ssm attention "attention --attention-impl math" linear-attention lstm                     # Table 1
     python bench.py --what train --temporal ssm --frames 200 --baseline  # against the textbook
     python bench.py --budget-gb 24 --frames 256 --batch-size 8           # the widest network that fits
-    python bench.py --gpu --out gpu.md      # what there is to know of a GPU: ten minutes, and twice for all of it
+    python bench.py --gpu --out gpu.md      # what there is to know of a GPU: ten minutes; again for the rest
 
 Each row is measured in a process of its own: one step to warm up, then --repeats steps, whose median counts. Flags that
 --help does not list are train.py's, for all rows or, in quotes with a temporal layer, for its rows; unless given, the
@@ -14,7 +14,7 @@ batch size is 1 and the precision float32. --budget-gb runs nothing: it goes by 
 
 Glossary
     train       a training step: forward, backward, fused Adam
-    sample      the network in a denoising step, without gradients; SSM kernels are computed once for all steps
+    sample      the network in a denoising step, as sample.py calls it; SSM kernels are computed once for all steps
     layer       one temporal layer alone, forward and backward
     textbook    the same in plain operations (the functions below), all frames, positions and f x f logits at once, SSMs
                 by two FFTs and two flips; never compiled, nothing recomputed. Equal to ours to 1e-10 (test_all.py)
@@ -46,7 +46,7 @@ from command import (Parser, UserError, autocast, choose_device, choose_precisio
                      positive_int, run, whole_file)
 from data import DataError
 from s4d import TemporalSSM, cached_kernels
-from sample import cast_weights, cuda_graphs
+from sample import for_sampling
 
 Row = namedtuple("Row", "what frames temporal form")  # form: "ours" or "textbook"
 COLUMNS = "M parameters", "seconds", "GB", "ms per frame", "MB per frame", "ratio of seconds", "ratio of GB"
@@ -59,12 +59,13 @@ TEST = "-m pytest -q test_all.py -k"
 TIME = "-m timeit -s \"import torch; x = torch.ones(2**14, 2**14, device='cuda', dtype=torch.bfloat16); y = x.clone()\""
 COPY, PRODUCT = (f"{TIME} '{operation}; torch.cuda.synchronize()'" for operation in ("y.copy_(x)", "x @ y"))
 GPU_PLAN = (  # what --gpu runs, in the order that loses least if time runs out: seconds at most, command; OUT: a folder
-    (30, "-m torch.utils.collect_env"), (30, COPY), (30, PRODUCT), (90, f"{TEST} 'test_gpu and not compiled'"),
+    (30, "-m torch.utils.collect_env"), (30, COPY), (30, PRODUCT),
+    (90, f"{TEST} '(test_gpu or gpu-) and not compiled'"),
     (60, STEP), (60, LEAN), (60, f"{LEAN} --profile"), (40, f"{DRAW} --batch-size 1"), (40, DRAW),
     (30, f"{STEP} --what layer --channels 64"), (30, f"{STEP} --what layer --channels 512 --size 4"),
     (200, f"{LEAN} --compile"), (90, f"{DRAW} --compile"), (60, f"{TRAIN} 10"), (60, f"{TRAIN} 20"),
     (120, f"{LEAN} --frames 64 200 400 --temporal ssm attention linear-attention"),
-    (200, f"{TEST} 'test_gpu and compiled'"), (30, f"{STEP} --what layer --channels 64 --temporal mamba"))
+    (200, f"{TEST} 'test_gpu and compiled'"), (60, f"{STEP} --what layer --temporal mamba 'mamba --ssm s6'"))
 
 
 # ---------------------------------------------------------------------------------------- the textbook
@@ -152,14 +153,11 @@ def measure(row, args, flags):
     device = choose_device(args.device)
     with device:
         net, inputs = build(row, args, flags.channels)
-    network = net
-    if args.compile and row.form == "ours":
+    network, ours = net, row.form == "ours"
+    if row.what == "sample" and ours:
+        network = for_sampling(net, device, choose_precision(device, args.precision), args.compile)
+    elif args.compile and ours:
         model.compile_tails()
-    if row.what == "sample" and row.form == "ours":  # as sample.py does
-        if choose_precision(device, args.precision) == "bf16":
-            cast_weights(net)
-        if args.compile and device.type == "cuda":
-            network = cuda_graphs(net)
     target = torch.randn_like(inputs[0])
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True) if row.what == "train" else None
 
@@ -246,21 +244,22 @@ def draw(path, results):
 
 def gpu_session(out, minutes=10):
     """Run the commands of GPU_PLAN that `out` does not have yet and for which there is time; append what they print to
-    it as it comes, and their exit status: 124 is out of time."""
+    it as it comes, and at the end their exit status: 124 is out of time."""
     choose_device("cuda")  # raises UserError without one
     end = time.monotonic() + 60 * minutes
     for limit, command in GPU_PLAN:
-        heading = f"\n## python {command}\n"
-        if out.exists() and heading in out.read_text() or end - time.monotonic() < limit:
+        done = f": python {command}\n"
+        if out.exists() and done in out.read_text() or end - time.monotonic() < limit:
             continue
         # an interrupt, so that bench.py ends the process of its row; in our group, so that Ctrl-C reaches it
         timeout = f"timeout --foreground --signal=INT --kill-after=5 {limit}"
-        words = [str(out.absolute().with_suffix("")) if word == "OUT" else word for word in shlex.split(command)]
+        words = [f"out/{out.stem}" if word == "OUT" else word for word in shlex.split(command)]
         with open(out, "a") as file:
-            print(heading, file=file, flush=True)
+            print(f"\n## python {command}\n", file=file, flush=True)
             status = subprocess.run([*timeout.split(), sys.executable, *words], stdout=file,
                                     stderr=subprocess.STDOUT, cwd=Path(__file__).parent).returncode
-            print(f"\nexit status {status}", file=file)
+            print(f"\nexit status {status}{done}", file=file)
+    print(f"{out} has {out.read_text().count('exit status')} of {len(GPU_PLAN)} parts")
 
 
 def parse_args():
@@ -279,7 +278,7 @@ def parse_args():
     add("--threads", type=positive_int, default=1, help="CPU threads")
     add("--budget-gb", type=positive_float, help="find the widest network whose training step fits, for each layer")
     add("--out", type=Path, help="Markdown file for the table; a figure, with matplotlib, goes beside it")
-    add("--gpu", action="store_true", help="run all that there is to measure on a GPU; appended to --out (gpu.md)")
+    add("--gpu", action="store_true", help="measure on a GPU what --out (gpu.md) does not have yet, for ten minutes")
     add("--profile", action="store_true", help="the forty largest kernels of one more step")
     add("--row", type=json.loads, help="measure this row in this process and print its numbers")
     flags, others = parser.parse_known_args()

@@ -41,7 +41,7 @@ def run(name, main, *told):
     try:
         status = (record(main) if report else main)()
         if dist.is_initialized():  # not after an error: it would wait for the other processes
-            time.sleep(0.1)  # gloo's threads may need the GIL, in which PyTorch before 2.8 would wait for them for ever
+            time.sleep(0.1)  # lets gloo's threads end: before 2.8 PyTorch joins them with the GIL, which one may want
             dist.destroy_process_group()
         sys.exit(status)
     except KeyboardInterrupt:

@@ -195,11 +195,11 @@ def count_parameters(module):
 class ResNetBlock(nn.Module):
     """Two `Block`s and a shortcut; the time embedding (b, time_dim), if any, scales and shifts the first."""
 
-    def __init__(self, c_in, c_out, time_dim=None, groups=8):
+    def __init__(self, c_in, c_out, time_dim=None):
         super().__init__()
         self.to_scale_shift = nn.Linear(time_dim, 2 * c_out) if time_dim else None
-        self.block1 = Block(c_in, c_out, groups)
-        self.block2 = Block(c_out, c_out, groups)
+        self.block1 = Block(c_in, c_out)
+        self.block2 = Block(c_out, c_out)
         self.shortcut = nn.Linear(c_in, c_out) if c_in != c_out else nn.Identity()
 
     def forward(self, x, time_embedding=None):
@@ -210,16 +210,16 @@ class ResNetBlock(nn.Module):
 class Block(nn.Module):
     """1×3×3 convolution, GroupNorm, scale and shift, SiLU."""
 
-    def __init__(self, c_in, c_out, groups=8):
+    def __init__(self, c_in, c_out):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm = nn.GroupNorm(groups, c_out)
+        self.norm = nn.GroupNorm(8, c_out)
 
     def forward(self, x, scale=None, shift=None):
         return self.norm_act(conv_per_frame(self.conv, x), scale, shift)
 
     def norm_act(self, x, scale, shift):
-        """SiLU(GroupNorm(x) (scale + 1) + shift); x (b, f, h, w, c), scale, shift (b, c) or None -> x's shape, dtype."""
+        """SiLU(GroupNorm(x) (scale + 1) + shift); x (b, f, h, w, c), scale and shift (b, c) or None -> like x."""
         group_norm = native_group_norm if x.device.type == "cpu" else framewise_group_norm
         with autocast_off(x.device):
             return F.silu(group_norm(x, self.norm, scale, shift).to(x.dtype))
@@ -252,7 +252,7 @@ def framewise_group_norm(x, norm, scale, shift):
     gain = ((square - mean.square()).clamp(min=0) + norm.eps).rsqrt()   # 1/σ, σ² = E x² - (E x)²; b g
     mean, gain = (z.repeat_interleave(parts.shape[5], 1) for z in (mean, gain))             # b c
     gain = gain * norm.weight
-    offset = norm.bias - mean * gain                             # GroupNorm(x) = x · gain + offset
+    offset = norm.bias - mean * gain                        # GroupNorm(x) = x · gain + offset
     if scale is not None:
         gain, offset = gain * (scale + 1), offset * (scale + 1) + shift
     gain, offset = (z.to(x.dtype)[:, None, None, None] for z in (gain, offset))             # b 1 1 1 c
@@ -285,7 +285,7 @@ class SpatialAttention(Attention):
 
     def forward(self, x):
         frames = rearrange(x, "b f h w c -> (b f) (h w) c")
-        size = max(1, min(MAX_SEQUENCES // self.heads, chunk_size(x.device) // frames.shape[1]))
+        size = max(1, min(MAX_SEQUENCES, chunk_size(x.device) // frames.shape[1]))
         return in_chunks(self.attend, frames, size=size).view_as(x)
 
     def attend(self, x):
@@ -306,7 +306,7 @@ class SpatialLinearAttention(SpatialAttention):
         if x.shape[1] < x.shape[2]:
             out = torch.einsum("nphd,nhde->nphe", q, context).flatten(2)                    # n p heads·e
             return x + self.to_out(out)
-        # with many positions, context and W_out are made one matrix per frame first
+        # with many positions, context and W_out are made one matrix per frame first, and to_out is not called
         W_out = self.to_out.weight.unflatten(1, (self.heads, -1))                           # c heads e
         matrix = torch.einsum("nhde,che->nhdc", context, W_out).flatten(1, 2)
         return x + torch.baddbmm(self.to_out.bias, q.flatten(2), matrix)
@@ -337,8 +337,8 @@ class TemporalAttention(Attention):
     """Attention over the frames at each position, as in VDM: residual, rotary embedding, relative position bias.
 
     head_dim: even. forward: X (b, f, ..., c), bias (heads, f, f) -> the shape of X.
-    impl: "sdpa", PyTorch's fused attention, or the formula where it has none that gives the bias a gradient, on some
-        positions at a time, recomputed in the backward pass: but for the bias, memory is linear in the frames, in
+    impl: "sdpa", some positions at a time, recomputed in the backward pass, by PyTorch's fused attention, or by the
+        formula where no fused kernel gives the bias a gradient: but for the bias, memory is linear in the frames, in
         training too. (The kernel alone would not do: the bias has a gradient for every logit treated at once.)
         "math", the formula with all logits kept: the memory that the paper reports, quadratic in the frames.
     """

@@ -140,7 +140,8 @@ def without_data(x):
 
 
 def checkpointed(function, *args):
-    """function(*args), not random; what it computes on the way is not kept but computed again in the backward pass."""
+    """function(*args), not random; what it computes on the way is computed again in the backward pass, instead of being
+    kept, with the parameters as they are then."""
     if not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
@@ -329,6 +330,7 @@ class S6(nn.Module):
     forward: u (b, L, ..., d) -> the same shape. On CUDA by the kernel of the package mamba-ssm, if installed; else by a
     loop over the frames, in chunks: the states of all positions, N times u, never exist at once.
     """
+    has_kernel = importlib.util.find_spec("mamba_ssm") is not None
 
     def __init__(self, d, state_size=16, dt_rank=1, reverse=False, dt_min=1e-3, dt_max=1e-1):
         super().__init__()
@@ -337,7 +339,6 @@ class S6(nn.Module):
         self.dt_proj = nn.Linear(dt_rank, d)
         self.A_log = nn.Parameter(torch.log(torch.arange(1, state_size + 1).float()).repeat(d, 1))
         self.D = nn.Parameter(torch.ones(d))
-        self.has_kernel = importlib.util.find_spec("mamba_ssm") is not None
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-dt_rank ** -0.5, dt_rank ** -0.5)
             dt = torch.exp(torch.rand(d) * math.log(dt_max / dt_min) + math.log(dt_min))
@@ -367,7 +368,6 @@ class S6(nn.Module):
     def fused(self, u):
         """`scan` by the kernel of mamba-ssm, whose tensors have frames last."""
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # here: not everybody has it
-
         dt, B, C = F.linear(u, self.x_proj.weight).split(self.sizes, -1)                    # p L rank, p L N, p L N
         dt = F.linear(dt, self.dt_proj.weight)                                              # p L d
         u, dt, B, C = (x.to(u.dtype).mT.contiguous() for x in (u, dt, B, C))                # p d L, p d L, p N L, p N L

@@ -98,13 +98,16 @@ def load_network(ckpt, weights="ema", device="cpu"):
     return net.to(device).eval().requires_grad_(False)
 
 
-def cast_weights(net):
-    """Turn the weights of linear layers and convolutions into bf16, in place: autocast caches its casts of weights only
-    while they need gradients, and would repeat them in every call."""
-    for module in net.modules():
+def for_sampling(net, device, precision, compiled=False):
+    """-> what to call in the place of `net`, which is changed. In bf16 weights of linear layers and convolutions are
+    cast: autocast caches its casts only while they need gradients, and would repeat them in every call."""
+    for module in net.modules() if precision == "bf16" else ():
         for child in module.children():
             if isinstance(child, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)) and not isinstance(module, S6):
                 child.to(torch.bfloat16)
+    if compiled:
+        compile_tails()
+    return cuda_graphs(net) if compiled and device.type == "cuda" else net
 
 
 def cuda_graphs(net):
@@ -336,17 +339,13 @@ def main():
     mine = [batch for batch in batches[rank::world_size] if not all(files[i].exists() for i in batch)]
     announce(args, ckpt, blocks, f"{size} at a time by {world_size} x {device.type}")
 
-    if args.precision == "bf16":
-        cast_weights(net)
-    if args.compile:
-        compile_tails()
+    network = for_sampling(net, device, args.precision, args.compile)
     # where there is no terminal the bars, which tell the time left, come once a minute
     bar = functools.partial(tqdm, disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 60)
     sample = functools.partial(diffusion.sample, progress=functools.partial(bar, unit="step", leave=False),
                                steps=args.sampling_steps, eta=args.eta, weight=args.condition_weight)
     is_given = torch.tensor([i in given for i in range(args.frames)], device=device)
     with autocast(device, args.precision), cached_kernels(net, window):
-        network = cuda_graphs(net) if args.compile and device.type == "cuda" else net
         for batch in bar(mine, unit="batch"):
             x_a = torch.zeros(len(batch), 3, args.frames, args.size, args.size)
             if given:

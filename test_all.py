@@ -210,7 +210,9 @@ def test_reference_attention(frames, impl, no_norm, monkeypatch):
     assert relative(bias(frames), torch.from_numpy(archive[tag + "bias"])) < 1e-6
     layer = load_reference(model.TemporalAttention(8, heads=2, head_dim=64, impl=impl), archive, tag)
     x, y = (torch.from_numpy(archive[tag + key]).transpose(1, 2) for key in ("in", "out"))          # b f p c
-    assert relative(layer(x, bias(frames)) - x, y) < 1e-5
+    for grad in (True, False):  # by PyTorch's fused attention where the bias needs no gradient
+        with torch.set_grad_enabled(grad):
+            assert relative(layer(x, bias(frames)) - x, y) < 1e-5
 
 
 @pytest.mark.parametrize("tag", ["lstm", "lstm_unidirectional"])
@@ -543,7 +545,7 @@ class Counted(LiveMemory):
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
-@pytest.mark.parametrize("grad_checkpoint, gigabytes, operations", [(False, 55, 20_000), (True, 14, 28_000)])
+@pytest.mark.parametrize("grad_checkpoint, gigabytes, operations", [(False, 55, 18_800), (True, 14, 25_300)])
 def test_a_step_of_the_papers_longest_videos_on_a_gpu(grad_checkpoint, gigabytes, operations, monkeypatch):
     """minerl-400 in bf16, on tensors without data."""
     monkeypatch.setattr(s4d, "without_data", lambda x: False)  # every chunk
@@ -553,7 +555,8 @@ def test_a_step_of_the_papers_longest_videos_on_a_gpu(grad_checkpoint, gigabytes
         x, t = torch.empty(8, 3, 400, 32, 32), torch.zeros(8, dtype=torch.long)
     with Counted() as counted, CudaAutocast(monkeypatch):
         (net(x, t).float() - x).square().mean().backward()
-    assert counted.peak < gigabytes * 1e9 and counted.operations < operations
+    more = 1.1 if torch.__version__.startswith("2.5") else 1  # it dispatches some operations twice
+    assert counted.peak < gigabytes * 1e9 and counted.operations < more * operations
 
 
 # ------------------------------------------------------------------------------------------------ on a GPU
@@ -2028,6 +2031,27 @@ def test_bench_table_with_rows_out_of_memory_and_an_interrupt(monkeypatch, capsy
     assert [line.split(" | ", 4)[4] for line in out.read_text().splitlines()[4:]] == [
         "out of memory |", "1 | 2 | 16 | 2000 | 1.638e+04 | 1 | 1 |", "1 | 4 | 8 | 1333 | 2731 | 1 | 1 |",
         "1 | 5 | 20 | 1500 | 2048 | 1.25 | 2.5 |"]
+
+
+def test_a_gpu_session_goes_on_where_the_last_one_ended(tmp_path, monkeypatch, capsys):
+    ran, out = [], tmp_path / "gpu.md"
+
+    def fake_run(words, stdout, **settings):
+        if len(ran) == 3:
+            raise KeyboardInterrupt
+        ran.append(words)
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(bench, "choose_device", print)
+    monkeypatch.setattr(bench.subprocess, "run", fake_run)
+    with pytest.raises(KeyboardInterrupt):
+        bench.gpu_session(out)
+    ran[:] = [[], []] + [None] * 2  # no more interrupts
+    bench.gpu_session(out)
+    assert f"{len(bench.GPU_PLAN)} of {len(bench.GPU_PLAN)} parts" in capsys.readouterr().out
+    assert len(ran) == 4 + len(bench.GPU_PLAN) - 3 and "out/gpu" in sum(ran[4:], [])
+    bench.gpu_session(tmp_path / "late.md", minutes=0.6)
+    assert len(ran) == 4 + len(bench.GPU_PLAN) - 3 + sum(limit < 36 for limit, _ in bench.GPU_PLAN)
 
 
 def test_bench_measures_a_row(capsys):

@@ -598,7 +598,7 @@ def make_parser():
     add("--device", None, "cpu, cuda, mps (the best there is)")
     add("--precision", "auto", "bf16 autocast or float32; auto: bf16 if native", choices=("auto", "bf16", "float32"))
     add("--compile", False, "torch.compile the elementwise work, for GPUs", action=OnOff)
-    add("--deterministic", False, "the same bits on a GPU, too (not of attention); slower", action=OnOff)
+    add("--deterministic", False, "the same bits on a GPU, too (see README.md); slower", action=OnOff)
     add("--grad-accum", None, "micro-batches per step of each process (as memory asks)", type=positive_int)
     add("--grad-checkpoint", False, "recompute blocks in the backward pass (if memory asks)", action=OnOff)
     add("--memory-gb", None, "what a process may take (what is free)", type=positive_float)
