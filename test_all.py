@@ -31,9 +31,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageSequence
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -564,17 +566,26 @@ def test_a_step_of_the_papers_longest_videos_on_a_gpu(grad_checkpoint, gigabytes
 PAPER = dict(base_channels=64, time_dim=1024)
 
 
+@pytest.fixture
+def no_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def network_on_gpu(grad_checkpoint=False):
+    net = randomise(UNet3D(UNetConfig(**TINY), grad_checkpoint)).cuda()
+    return net, torch.randn(2, 3, 6, 8, 8, device="cuda"), torch.tensor([3, 200], device="cuda")
+
+
 @gpu
 @pytest.mark.parametrize("temporal", model.TEMPORAL_LAYERS)
-def test_gpu_network_in_float32_is_the_cpus_in_float64(temporal, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_gpu_network_in_float32_is_the_cpus_in_float64(temporal, no_tf32):
     net, x, t = randomise(UNet3D(UNetConfig(temporal, **TINY))), torch.randn(2, 3, 37, 8, 8), torch.tensor([3, 200])
     ours = gradients(copy.deepcopy(net).cuda(), x.cuda(), t.cuda(), enabled=False)
     expected = gradients(in_dtype(net, torch.float64), x.double(), t, enabled=False)
     assert relative(ours[0].cpu().double(), expected[0]) < 1e-5
     scale = max(gradient.norm() for gradient in expected[1:])
     for our, gradient in zip(ours[1:], expected[1:]):
-        assert (our.cpu() - gradient).norm() < 1e-4 * gradient.norm() + 1e-7 * scale
+        assert (our.cpu() - gradient).norm() < 1e-4 * gradient.norm() + 1e-6 * scale  # some are 0
 
 
 @gpu
@@ -585,6 +596,47 @@ def test_gpu_s4d_kernel_and_convolutions():
     u, K = torch.randn(2, 400, 9, 64, device="cuda"), torch.stack([K, K.flip(0)]).cuda()
     for one, other in zip(s4d.toeplitz_conv(u, K, [False, True]), s4d.fft_conv(u, K, [False, True])):
         assert relative(one, other) < 1e-5
+
+
+@gpu
+@pytest.mark.parametrize("c_in, c_out, size", [(128, 64, 32), (256, 128, 16), (512, 256, 8), (512, 512, 4)])
+def test_gpu_convolutions_in_bfloat16(c_in, c_out, size, no_tf32):
+    conv, x = torch.nn.Conv2d(c_in, c_out, 3, padding=1).cuda(), torch.randn(8, 400, size, size, c_in, device="cuda")
+    results = []
+    for enabled in (True, False):
+        with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+            y = model.conv_per_frame(conv, x).float()
+        results.append((y, *torch.autograd.grad(y.square().mean(), conv.weight)))
+    for half, full in zip(*results):
+        assert relative(half, full) < 1e-2
+
+
+@gpu
+def test_gpu_graphs_replay_the_network_as_it_is():
+    net, x, t = network_on_gpu()
+    replay = sample.cuda_graphs(net)
+    for _ in range(2):
+        for b in (2, 1, 2):
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                assert relative(replay(x[:b], t[:b]), net(x[:b], t[:b])) < 1e-2
+        randomise(net)
+
+
+@gpu
+def test_gpu_ddp_with_micro_batches_and_recomputation(no_tf32):
+    net, x, t = network_on_gpu(grad_checkpoint=True)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        forward = DistributedDataParallel(net, [0])
+        with forward.no_sync():
+            forward(x[:1], t[:1]).square().sum().backward()
+        forward(x[1:], t[1:]).square().sum().backward()
+        assert train.any_process(True) and not train.any_process(False)
+    finally:
+        dist.destroy_process_group()
+    ours = [p.grad for p in net.parameters()]
+    plain = torch.autograd.grad(net(x, t).square().sum(), list(net.parameters()))
+    assert relative(*(torch.cat([gradient.flatten() for gradient in result]) for result in (ours, plain))) < 1e-5
 
 
 @gpu
@@ -616,8 +668,7 @@ def test_gpu_fused_attention_is_the_formula(f):
 
 @gpu
 @pytest.mark.parametrize("frames", [6, 24])
-def test_gpu_sample_i_does_not_depend_on_its_batch(frames, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_gpu_sample_i_does_not_depend_on_its_batch(frames, no_tf32):
     net, process = randomise(UNet3D(UNetConfig(**TINY))).cuda(), Diffusion(8, "cuda")
     together, alone = (torch.cat([process.sample(net, (len(i), 3, frames, 8, 8), sample_generators(0, i, "cuda"))
                                   for i in batches]) for batches in ([[0, 1, 2]], [[0], [1], [2]]))
