@@ -303,6 +303,16 @@ def test_s4d_is_the_state_recurrence(L, reverse):
         assert_same_function(y[:, :, 0], expected, [u, *ssm.kernel.parameters(), ssm.D])
 
 
+def test_the_temporal_layer_calls_its_linear_layers():
+    """So that hooks, LoRA and quantisation of them take effect."""
+    layer, called = TemporalSSM(6, state_size=4, mlp_dim=8), set()
+    linear = {module for module in layer.modules() if isinstance(module, torch.nn.Linear)}
+    for module in linear:
+        module.register_forward_hook(lambda module, args, out: called.add(module))
+    layer(torch.randn(2, 3, 6))
+    assert called == linear and len(linear) == 4
+
+
 def test_kernels_begin_as_s4d_lin():
     kernel = S4DKernel(4000, state_size=8)
     A = torch.complex(-kernel.log_A_real.exp(), kernel.A_imag)
