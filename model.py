@@ -371,7 +371,7 @@ class TemporalAttention(Attention):
         if self.impl == "sdpa" and (q.is_cuda or not bias.requires_grad):
             # [None]: the CPU's fused kernel takes no mask of three dimensions
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[None].to(q.dtype))
-        logits = (q * q.shape[-1] ** -0.5) @ k.mT + bias                                    # p heads f f
+        logits = (q * q.shape[-1] ** -0.5) @ k.mT + bias.to(q.dtype)                        # p heads f f
         return logits.softmax(dim=-1).to(v.dtype) @ v
 
 
