@@ -107,7 +107,7 @@ def textbook_block(layer, x, scale=None, shift=None):
     x = rearrange(x, "b f h w c -> b c f h w")
     x = layer.norm(F.conv3d(x, layer.conv.weight[:, :, None], layer.conv.bias, padding=(0, 1, 1)))
     if scale is not None:
-        x = x * (scale[..., None, None, None] + 1) + shift[..., None, None, None]
+        x = x * (scale.mT[..., None, None] + 1) + shift.mT[..., None, None]
     return rearrange(F.silu(x), "b c f h w -> b f h w c")
 
 

@@ -61,12 +61,14 @@ class Diffusion:
         self.posterior_variance = float32(betas * (1 - previous) / (1 - alphas_cumprod))
 
     def levels(self, t, like):
-        """-> √ᾱ_t and √(1 - ᾱ_t), (b, 1, ..., 1) each, to be multiplied with `like` (b, ...)."""
-        shape = -1, *[1] * (like.dim() - 1)
-        return self.sqrt_alphas_cumprod[t].view(shape), self.sqrt_one_minus_alphas_cumprod[t].view(shape)
+        """-> √ᾱ_t and √(1 - ᾱ_t), to be multiplied with `like`: of t (b,) and like (b, ...) each is (b, 1, ..., 1); of
+        t (b, f), one for each frame, and like (b, c, f, h, w) it is (b, 1, f, 1, 1)."""
+        t = t[:, None] if t.dim() == 2 else t
+        t = t.view(*t.shape, *[1] * (like.dim() - t.dim()))
+        return self.sqrt_alphas_cumprod[t], self.sqrt_one_minus_alphas_cumprod[t]
 
     def q_sample(self, x_0, t, noise):
-        """x_t ~ q(x_t | x_0) for the given noise. x_0, noise: (b, ...), t: (b,) int -> (b, ...)."""
+        """x_t ~ q(x_t | x_0) for the given noise. x_0, noise: (b, ...), t: (b,) or (b, f) int -> (b, ...)."""
         # Eq. 4: x_t = √ᾱ_t x_0 + √(1 - ᾱ_t) ε
         signal, noise_level = self.levels(t, x_0)
         return signal * x_0 + noise_level * noise
@@ -196,13 +198,14 @@ def sample_generators(seed, indices, device="cpu"):
     return [torch.Generator(device).manual_seed(key_to_seed("sample", seed, i)) for i in indices]
 
 
-def training_noise(shape, seed, step, indices, T, device="cpu"):
+def training_noise(shape, seed, step, indices, T, device="cpu", per_frame=False):
     """The random numbers of a training step: t (b,) uniform over the T steps, and standard normal noise (b, *shape).
 
-    Row j is a function of (seed, step, indices[j]) alone: neither rank, worker nor batch size enters.
+    per_frame: t (b, f), one for each frame of shape (c, f, h, w), independently (Chen et al. 2024, "Diffusion Forcing",
+    arXiv 2407.01392). Row j is a function of (seed, step, indices[j]) alone: neither rank, worker nor batch size enters.
     """
     generators = [torch.Generator(device).manual_seed(key_to_seed("train", seed, step, i)) for i in indices]
-    t = torch.cat([torch.randint(T, (1,), generator=g, device=device) for g in generators])
+    t = torch.stack([torch.randint(T, shape[1:2] if per_frame else (), generator=g, device=device) for g in generators])
     return t, randn((len(indices), *shape), generators)
 
 

@@ -26,6 +26,7 @@ from s4d import (S6, DiagonalSSM, TemporalSSM, at_least_float32, autocast_off, b
                  checkpointed, chunk_size, in_chunks, layer_norm)
 
 TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "gss", "mamba", "lstm", "none")
+CAUSAL_LAYERS = ("ssm", "gss")  # whose past is a state of fixed size
 SSMS = ("s4d", "s6")
 ATTENTION_IMPLS = ("sdpa", "math")
 MAX_SEQUENCES = 2 ** 15  # per call of attention: its fused CUDA kernels fail beyond 65,535
@@ -50,6 +51,7 @@ class UNetConfig:
     bidirectional: bool = True
     skip: str = "input"                 # of the temporal SSM layer: its input, or the normalised input ("norm")
     ssm: str = "s4d"                    # of mamba, or "s6": selective
+    causal: bool = False                # one direction, and group norms of each frame alone: see `UNet3D`
     classes: int = 0                    # labels 0 .. classes - 1, and `classes` for no class; 0: no labels
 
     def __post_init__(self):
@@ -60,6 +62,9 @@ class UNetConfig:
         for name, choices in [("temporal", TEMPORAL_LAYERS), ("ssm", SSMS), ("attention_impl", ATTENTION_IMPLS)]:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+        if self.causal and self.temporal not in CAUSAL_LAYERS:
+            raise ValueError(f"causal with temporal {self.temporal!r}; expected one of {', '.join(CAUSAL_LAYERS)}")
+        self.bidirectional = self.bidirectional and not self.causal
 
 
 # ---------------------------------------------------------------------------------------- the network
@@ -91,13 +96,13 @@ class UNet3D(nn.Module):
         # the last level of each half keeps its resolution
         self.down = nn.ModuleList(Level(config, c_in, c_out, nn.Conv2d) for c_in, c_out in pairs[:-1])
         self.down.append(Level(config, *pairs[-1]))
-        self.mid_res1 = ResNetBlock(widths[-1], widths[-1], time_dim)
+        self.mid_res1 = ResNetBlock(widths[-1], widths[-1], time_dim, config.causal)
         self.mid_spatial = SpatialAttention(widths[-1], config.heads)
         self.mid_temporal = make_temporal_layer(config, widths[-1])
-        self.mid_res2 = ResNetBlock(widths[-1], widths[-1], time_dim)
+        self.mid_res2 = ResNetBlock(widths[-1], widths[-1], time_dim, config.causal)
         self.up = nn.ModuleList(Level(config, 2 * c_out, c_in, nn.ConvTranspose2d) for c_in, c_out in pairs[:0:-1])
         self.up.append(Level(config, 2 * base * config.channel_mults[0], base))
-        self.final_res = ResNetBlock(2 * base, base)
+        self.final_res = ResNetBlock(2 * base, base, causal=config.causal)
         self.final_conv = nn.Linear(base, config.video_channels)
         # last, so that the other first weights are those of a network without classes
         self.class_embedding = nn.Embedding(config.classes + 1, time_dim) if config.classes else None
@@ -106,10 +111,11 @@ class UNet3D(nn.Module):
         self.check_shapes(x, t, labels)
         run = checkpointed if self.grad_checkpoint else nn.Module.__call__
         temporal_args = () if self.position_bias is None else (self.position_bias(x.shape[2]),)  # (heads, f, f)
-        time_embedding = self.time_mlp(sinusoidal_embedding(t, self.config.base_channels))  # b time_dim
+        t = t.view(len(t), -1)                                                              # b 1, or b f
+        time_embedding = self.time_mlp(sinusoidal_embedding(t, self.config.base_channels).to(x.dtype))  # b 1 time_dim
         if self.class_embedding is not None:
-            labels = torch.full_like(t, self.config.classes) if labels is None else labels
-            time_embedding = time_embedding + self.class_embedding(labels)
+            labels = torch.full_like(t[:, 0], self.config.classes) if labels is None else labels
+            time_embedding = time_embedding + self.class_embedding(labels)[:, None]
 
         x = rearrange(x, "b c f h w -> b f h w c").contiguous()
         x = conv_per_frame(self.stem, x)                                                    # b f h w base
@@ -140,9 +146,11 @@ class UNet3D(nn.Module):
                              f"height and width divisible by {factor}")
         if labels is not None and self.class_embedding is None:
             raise ValueError("labels were given; this network has no classes")
-        for name, value in (("t", t), ("labels", t if labels is None else labels)):
-            if value.shape != x.shape[:1]:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}; expected ({x.shape[0]},), one per video")
+        if t.shape not in (x.shape[:1], (x.shape[0], x.shape[2])):
+            raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one per video, or "
+                             f"({x.shape[0]}, {x.shape[2]}), one per frame")
+        if labels is not None and labels.shape != x.shape[:1]:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}; expected ({x.shape[0]},), one per video")
 
 
 class Level(nn.Module):
@@ -151,8 +159,8 @@ class Level(nn.Module):
 
     def __init__(self, config, c_in, c_out, resample=None):
         super().__init__()
-        self.res1 = ResNetBlock(c_in, c_out, config.time_dim)
-        self.res2 = ResNetBlock(c_out, c_out, config.time_dim)
+        self.res1 = ResNetBlock(c_in, c_out, config.time_dim, config.causal)
+        self.res2 = ResNetBlock(c_out, c_out, config.time_dim, config.causal)
         self.spatial = SpatialLinearAttention(c_out, config.heads)
         self.temporal = make_temporal_layer(config, c_out)
         self.resample = resample(c_out, c_out, 4, 2, 1) if resample else nn.Identity()
@@ -165,10 +173,10 @@ class Level(nn.Module):
 
 
 def sinusoidal_embedding(t, dim):
-    """t: (b,) diffusion steps -> (b, dim), sines then cosines of t at dim/2 frequencies from 1 to 1/10,000."""
+    """t: (...) diffusion steps -> (..., dim), sines then cosines of t at dim/2 frequencies from 1 to 1/10,000."""
     half = dim // 2
     freqs = torch.exp(-math.log(10_000) / (half - 1) * torch.arange(half, device=t.device))
-    angle = t[:, None].float() * freqs
+    angle = t[..., None].float() * freqs
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
@@ -193,13 +201,13 @@ def count_parameters(module):
 
 
 class ResNetBlock(nn.Module):
-    """Two `Block`s and a shortcut; the time embedding (b, time_dim), if any, scales and shifts the first."""
+    """Two `Block`s and a shortcut; the time embedding (b, 1 or f, time_dim), if any, scales and shifts the first."""
 
-    def __init__(self, c_in, c_out, time_dim=None):
+    def __init__(self, c_in, c_out, time_dim=None, causal=False):
         super().__init__()
         self.to_scale_shift = nn.Linear(time_dim, 2 * c_out) if time_dim else None
-        self.block1 = Block(c_in, c_out)
-        self.block2 = Block(c_out, c_out)
+        self.block1 = Block(c_in, c_out, causal)
+        self.block2 = Block(c_out, c_out, causal)
         self.shortcut = nn.Linear(c_in, c_out) if c_in != c_out else nn.Identity()
 
     def forward(self, x, time_embedding=None):
@@ -208,18 +216,25 @@ class ResNetBlock(nn.Module):
 
 
 class Block(nn.Module):
-    """1×3×3 convolution, GroupNorm, scale and shift, SiLU."""
+    """1×3×3 convolution, GroupNorm (statistics over all frames; causal: of each frame alone), scale and shift, SiLU."""
 
-    def __init__(self, c_in, c_out):
+    def __init__(self, c_in, c_out, causal=False):
         super().__init__()
+        self.causal = causal
         self.conv = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm = nn.GroupNorm(8, c_out)
 
     def forward(self, x, scale=None, shift=None):
-        return self.norm_act(conv_per_frame(self.conv, x), scale, shift)
+        y = conv_per_frame(self.conv, x)
+        if not self.causal:
+            return self.norm_act(y, scale, shift)
+        if scale is not None:  # the frames become videos of one frame
+            scale, shift = (z.expand(*x.shape[:2], -1).flatten(0, 1)[:, None] for z in (scale, shift))
+        return self.norm_act(y.flatten(0, 1)[:, None], scale, shift).view(y.shape)
 
     def norm_act(self, x, scale, shift):
-        """SiLU(GroupNorm(x) (scale + 1) + shift); x (b, f, h, w, c), scale and shift (b, c) or None -> like x."""
+        """SiLU(GroupNorm(x) (scale + 1) + shift); x (b, f, h, w, c), scale and shift (b, 1 or f, c) or None -> like
+        x."""
         group_norm = native_group_norm if x.device.type == "cpu" else framewise_group_norm
         with autocast_off(x.device):
             return F.silu(group_norm(x, self.norm, scale, shift).to(x.dtype))
@@ -240,7 +255,7 @@ def native_group_norm(x, norm, scale, shift):
     """For CPUs, a third faster there; on a GPU it would leave all the frames of a group to one block of threads."""
     y = norm(x.flatten(1, 2).permute(0, 3, 1, 2))                                           # b c f·h w
     y = y.permute(0, 2, 3, 1).reshape(x.shape)
-    return y if scale is None else torch.addcmul(shift[:, None, None, None], y, scale[:, None, None, None] + 1)
+    return y if scale is None else torch.addcmul(shift[:, :, None, None], y, scale[:, :, None, None] + 1)
 
 
 def framewise_group_norm(x, norm, scale, shift):
@@ -250,12 +265,12 @@ def framewise_group_norm(x, norm, scale, shift):
     mean = parts.mean((2, 3, 5), dtype=dtype).mean(1)                                       # b g
     square = torch.linalg.vector_norm(parts, dim=(2, 3, 5), dtype=dtype).square().mean(1) / size
     gain = ((square - mean.square()).clamp(min=0) + norm.eps).rsqrt()   # 1/σ, σ² = E x² - (E x)²; b g
-    mean, gain = (z.repeat_interleave(parts.shape[5], 1) for z in (mean, gain))             # b c
+    mean, gain = (z.repeat_interleave(parts.shape[5], 1)[:, None] for z in (mean, gain))    # b 1 c
     gain = gain * norm.weight
     offset = norm.bias - mean * gain                        # GroupNorm(x) = x · gain + offset
     if scale is not None:
         gain, offset = gain * (scale + 1), offset * (scale + 1) + shift
-    gain, offset = (z.to(x.dtype)[:, None, None, None] for z in (gain, offset))             # b 1 1 1 c
+    gain, offset = (z.to(x.dtype)[:, :, None, None] for z in (gain, offset))                # b 1 1 1 c
     return torch.addcmul(offset, x, gain)
 
 

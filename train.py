@@ -69,10 +69,10 @@ PRESETS = {  # Table 5, a row per column; what all of them share are the default
 }
 
 # The flags that not every temporal layer takes.
-TAKES = {"ssm": {"state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidirectional", "skip"},
+TAKES = {"ssm": {"state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidirectional", "skip", "causal"},
          "attention": {"head_dim", "attention_impl"},
          "linear-attention": {"head_dim"},
-         "gss": {"state_size", "mlp_dim", "unidirectional"},
+         "gss": {"state_size", "mlp_dim", "unidirectional", "causal"},
          "mamba": {"state_size", "mlp_dim", "unidirectional", "ssm"},
          "lstm": {"head_dim", "unidirectional"},
          "none": set()}
@@ -127,7 +127,7 @@ def train(args):
     for step, (clips, labels) in enumerate(loader, first_step + 1):
         # ---- batch and noise
         x_0 = to_float(clips.to(device, non_blocking=device.type == "cuda"))                # share c f h w
-        t, noise = training_noise(x_0.shape[1:], args.seed, step - 1, indices, diffusion.T, device)
+        t, noise = training_noise(x_0.shape[1:], args.seed, step - 1, indices, diffusion.T, device, args.causal)
         if args.classes:
             hidden = [label_dropped(LABEL_DROPOUT, args.seed, step - 1, i) for i in indices]
             labels = label_numbers(np.where(hidden, None, labels), args.classes, device).chunk(args.grad_accum)
@@ -242,7 +242,7 @@ def held_out_loss(net, diffusion, videos, args):
             x_0 = to_float(torch.from_numpy(clip)).to(device)                               # c f h w
             denoiser, losses = functools.partial(net, labels=label_numbers([label], args.classes, device)), []
             for quartile in range(4):
-                t, noise = training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T)
+                t, noise = training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T, per_frame=args.causal)
                 t, noise = ((quartile * diffusion.T + t) // 4).to(device), noise.to(device)
                 losses.append(diffusion.loss(denoiser, x_0[None], t, noise, args.loss).item())
             yield losses
@@ -577,6 +577,7 @@ def make_parser():
     add("--mlp-layers", 2, "layers of the MLP (Table 3)", type=int, choices=(0, 1, 2))
     add("--mlp-position", "post", "MLP after or before the SSM (Table 3)", choices=("post", "pre"))
     add("--unidirectional", False, "leave the backward SSM out (Table 3)", action="store_true")
+    add("--causal", False, "the whole network causal, t per frame: for streams without end", action="store_true")
     add("--skip", "input", "skip from X, or from LayerNorm(X)", choices=("input", "norm"))
 
     group = parser.add_argument_group("diffusion")
