@@ -9,18 +9,13 @@ import json
 import math
 import os
 import re
-import resource
 import sys
 import time
-import weakref
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 # on a CPU PyTorch raises a plain RuntimeError
 OUT_OF_MEMORY = "out of memory|can't allocate memory|bad_alloc|ALLOC_FAILED|not create a primitive"
@@ -99,7 +94,7 @@ positive_float, non_negative_float = number(float, 0, 1e30, open_end=True), numb
 zero_to_one = number(float, 0, 1)
 
 
-# ---------------------------------------------------------------------------------------- device, precision, memory
+# ---------------------------------------------------------------------------------------- device, precision
 
 
 def choose_device(name=None):
@@ -133,60 +128,6 @@ def autocast(device, precision="auto"):
     return torch.autocast(device.type, torch.bfloat16, enabled=choose_precision(device, precision) == "bf16")
 
 
-def peak_memory(device):
-    """In bytes, so far: of the allocator on CUDA, of the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def free_memory(device):
-    """In bytes, for this process: what a GPU has left; or its part of what the machine has, or the control group (of a
-    container, of a Slurm job) that it is in."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if not Path("/proc/meminfo").exists():  # macOS
-        free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
-    else:
-        free = [1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])]
-        group = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text().split(":")[-1].strip().lstrip("/"))
-        for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # not version 2 of control groups, or "max"
-                used = re.search(r"anon (\d+)", (folder / "memory.stat").read_text())[1]  # files can be dropped
-                free.append(int((folder / "memory.max").read_text()) - int(used))
-    return min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-@contextlib.contextmanager
-def counted_memory(device):
-    """A context whose tensors have no data: in seconds its LiveMemory tells what a step would take on this device."""
-    device = "cuda" if device.type == "cuda" else "cpu"
-    with FakeTensorMode(), torch.device(device), torch.backends.cudnn.flags(enabled=False), LiveMemory() as memory:
-        yield memory
-
-
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations in this context make and keep, `live` now and `peak` at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known = weakref.WeakSet()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for storage in [leaf.untyped_storage() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]:
-            if storage not in self.known:
-                self.known.add(storage)
-                weakref.finalize(storage, self.add, -storage.nbytes())
-                self.add(storage.nbytes())
-        return out
-
-    def add(self, size):
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-
 # ---------------------------------------------------------------------------------------- processes
 
 
@@ -195,7 +136,7 @@ def processes():
     return tuple(int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 
 
-def say(*words, **settings):
+def rank_zero_print(*words, **settings):
     """print, on rank 0 alone."""
     if processes()[0] == 0:
         print(*words, flush=True, **settings)
@@ -234,7 +175,7 @@ def agree(value, problem):
         raise UserError(problem)
 
 
-def first_then_all(action):
+def rank_zero_first(action):
     """action() on rank 0, then on each further machine's first process, then on the rest: what the first one packs or
     downloads the others find. An error is raised on all ranks. -> what action() returns."""
     rank, local_rank, _ = processes()
@@ -255,9 +196,9 @@ def first_then_all(action):
 
 
 @contextlib.contextmanager
-def whole_file(path, mode="wb"):
-    """`with whole_file(path) as file:` writes to a temporary file, then renames it: whenever it is interrupted, `path`
-    is complete or as it was before. Raises OSError."""
+def atomic_write(path, mode="wb"):
+    """`with atomic_write(path) as file:` writes to a temporary file, then renames it: whenever it is interrupted,
+    `path` is complete or as it was before. Raises OSError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")
     try:

@@ -201,8 +201,9 @@ def sample_generators(seed, indices, device="cpu"):
 def training_noise(shape, seed, step, indices, T, device="cpu", per_frame=False):
     """The random numbers of a training step: t (b,) uniform over the T steps, and standard normal noise (b, *shape).
 
-    per_frame: t (b, f), one for each frame of shape (c, f, h, w), independently (Chen et al. 2024, "Diffusion Forcing",
-    arXiv 2407.01392). Row j is a function of (seed, step, indices[j]) alone: neither rank, worker nor batch size enters.
+    per_frame: t (b, f), one for each frame of shape (c, f, h, w), independently ("Diffusion Forcing", Chen et al.
+    2024, arXiv 2407.01392). Row j is a function of (seed, step, indices[j]) alone: neither rank, worker nor batch size
+    enters.
     """
     generators = [torch.Generator(device).manual_seed(key_to_seed("train", seed, step, i)) for i in indices]
     t = torch.stack([torch.randint(T, shape[1:2] if per_frame else (), generator=g, device=device) for g in generators])

@@ -298,7 +298,7 @@ def features_of(net, pixels, clips, about, settings, cache):
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy"
     n, size = len(clips), settings["batch_size"]
     if rank == 0 and not (path.exists() and path.stat().st_size == 128 + 4 * n * CLASSES):  # else it has been cut off
-        with command.whole_file(path) as file:
+        with command.atomic_write(path) as file:
             np.save(file, np.full((n, CLASSES), np.nan, np.float32))
     command.agree(key, "the processes read different files; expected files that no longer change")
     features = np.load(path)
@@ -422,14 +422,14 @@ def main():
     weights = Path(args.i3d or args.i3d_torchscript)
     if args.i3d == "download":
         weights = cache / "i3d_pretrained_400.pt"
-        command.first_then_all(lambda: weights.exists() or download(weights))
+        command.rank_zero_first(lambda: weights.exists() or download(weights))
     net = load_i3d(weights, device, torchscript=not args.i3d)
     if args.check:
         return check(net) if rank == 0 else 0
 
     # ---- everything that can be wrong with files and flags shows here, before any features
-    real_pixels, real_videos = command.first_then_all(lambda: data.read_videos(args.real, args.size))
-    fake_pixels, fake_videos = command.first_then_all(lambda: data.read_videos(args.fake, args.size))
+    real_pixels, real_videos = command.rank_zero_first(lambda: data.read_videos(args.real, args.size))
+    fake_pixels, fake_videos = command.rank_zero_first(lambda: data.read_videos(args.fake, args.size))
     lengths = sorted({video["length"] for video in fake_videos})
     if not args.frames and len(lengths) > 1:
         raise FVDError(f"--fake {args.fake} holds videos of {lengths[0]} to {lengths[-1]} frames; give --frames")
@@ -470,13 +470,13 @@ def main():
     result = {**distances(real_features, fake_features, args.repeats, args.seed),
               "comparable_with_published_fvd": comparable, "black_against_white_16_frames": black_white,
               "notes": notes, "request": request}
-    with command.whole_file(out, "w") as file:
+    with command.atomic_write(out, "w") as file:
         json.dump(result, file, indent=1)
     print(f"FVD {result['fvd']:.3f}" + ("" if comparable else "  (not comparable with published FVD: see above)"))
     for name, what in (("resampled", "resamples of the generated videos"), ("floor", "halvings of the real ones")):
         if result[name]:
             print(f"  {name}: {result[name]['mean']:.3f} ± {result[name]['std']:.3f} over {args.repeats} {what}")
-    print(f"wrote {out}, peak memory {command.peak_memory(device) / 1e6:.0f} MB")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

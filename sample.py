@@ -37,11 +37,12 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from command import (Parser, UserError, agree, autocast, barrier, choose_device, choose_precision, counted_memory,
-                     free_memory, gather, gist, join_processes, non_negative_float, non_negative_int, positive_int,
-                     processes, run, say, whole_file, zero_to_one)
+from command import (Parser, UserError, agree, atomic_write, autocast, barrier, choose_device, choose_precision, gather,
+                     gist, join_processes, non_negative_float, non_negative_int, positive_int, processes,
+                     rank_zero_print, run, zero_to_one)
 from data import DataError, read_whole_videos, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance
+from memory import sampling_batch
 from model import UNet3D, UNetConfig, compile_tails
 from s4d import S6, cached_kernels
 
@@ -131,23 +132,6 @@ def cuda_graphs(net):
     return replay
 
 
-def sampling_batch(net, shape, device, precision, gradient):
-    """-> how many videos to draw at once: 8 on a CPU and 32 on a GPU, where more are not faster, or as many as there is
-    free memory for, counted on tensors without data; a quarter is left for the workspaces of PyTorch's kernels.
-
-    shape: (b, c, f, h, w) of the network's input for one of them. gradient: whether a step takes the input's gradient.
-    """
-    with counted_memory(device) as memory, autocast(device, precision), torch.set_grad_enabled(gradient):
-        network = UNet3D(net.config).requires_grad_(False)
-        parameters = memory.live  # are there already
-        x, t = torch.empty(shape, requires_grad=gradient), torch.empty(shape[0], dtype=torch.long)
-        y = network(x, t)
-        if gradient:
-            y.sum().backward()
-    fitting = 0.75 * free_memory(device) / (memory.peak - parameters)
-    return max(1, min(8 if device.type == "cpu" else 32, int(fitting)))
-
-
 # ---------------------------------------------------------------------------------------- pictures
 
 
@@ -167,7 +151,7 @@ def grid(videos, given, columns=None, pixels=96):
 def save_gif(path, videos, given=(), fps=10):
     """Write uint8 videos (n, f, h, w, 3) side by side as an endless GIF; the frames numbered in `given` are marked."""
     frames = [Image.fromarray(frame) for frame in grid(videos, given)]
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
 
 
@@ -177,7 +161,7 @@ def save_mp4(path, videos, given=(), fps=10):
 
     frames = grid(videos, given)
     height, width = (side // 2 * 2 for side in frames.shape[1:3])  # H.264 wants even ones
-    with whole_file(path) as file, av.open(file, "w", format="mp4") as container:
+    with atomic_write(path) as file, av.open(file, "w", format="mp4") as container:
         # without x264's macroblock tree, and in one thread: else the same frames give other bytes each time
         stream = container.add_stream("libx264", rate=fps, height=height, width=width,
                                       options={"crf": "18", "x264-params": "mbtree=0:threads=1"})
@@ -199,7 +183,7 @@ def save_sheet(path, videos, given, captions):
         pen.text((left + 4 + i * side, 2), str(frame))
     for i, caption in enumerate(captions):
         pen.multiline_text((4, top + 2 + i * side), caption)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         sheet.save(file, "PNG", optimize=True)
 
 
@@ -324,7 +308,7 @@ def main():
     if taken and not (about.exists() and about.read_bytes() == request):
         raise UserError(f"{taken[0]} belongs to other samples; delete it or choose another --out")
     if out.exists():
-        return say(f"{out} is there already, drawn by this same command; delete it to draw it again")
+        return rank_zero_print(f"{out} is there already, drawn by this same command; delete it to draw it again")
     join_processes()
     agree(request, "the processes read different checkpoints; start again once it is no longer being written")
     parts.mkdir(parents=True, exist_ok=True)
@@ -354,13 +338,13 @@ def main():
             videos = draw(network, sample, x_a.shape[1:], sample_generators(args.seed, batch, device), numbers,
                           args.guidance, (x_a.to(device), is_given), blocks)
             for i, video in zip(batch, videos):
-                with whole_file(files[i]) as file:
+                with atomic_write(files[i]) as file:
                     np.save(file, video)
 
     # ---- the array comes last: that it exists says that all is there
     barrier()
     if rank == 0:
-        with whole_file(about) as file:
+        with atomic_write(about) as file:
             file.write(request)
         videos = np.fromiter(map(np.load, files), np.dtype((np.uint8, np.load(files[0]).shape)), args.num)
         captions = [f"sample {i}" + (f"\n{labels[i]}" if labels else "") + (f"\ngiven {args.given}" if given else "")
@@ -368,25 +352,26 @@ def main():
         save_gif(out.with_suffix(".gif"), videos[:16], given)
         save_mp4(out.with_suffix(".mp4"), videos[:16], given)
         save_sheet(out.with_suffix(".png"), videos[:16], given, captions)
-        with whole_file(out) as file:
+        with atomic_write(out) as file:
             np.save(file, videos)
         shutil.rmtree(parts)
-        say(f"wrote {out.absolute()}, and beside it pictures: {', '.join(PICTURES)}")
+        rank_zero_print(f"wrote {out.absolute()}, and beside it pictures: {', '.join(PICTURES)}")
 
 
 def announce(args, ckpt, blocks, batches):
     """Print what is drawn from what, and warn of what the network was not trained for."""
     config, window = ckpt["config"], blocks[0].stop - blocks[0].start
     if args.asset:
-        say("drawing from the small network that comes with the code; python train.py --preset tiny trains your own")
-    say(f"{args.ckpt}: step {ckpt['step']}, {args.weights} weights; {args.num} videos of {args.frames} frames, "
-        f"{args.size}x{args.size}, {batches}; {args.sampler}, {args.sampling_steps or 'all'} steps, seed {args.seed}"
+        rank_zero_print("drawing from the small network that comes with the code; python train.py --preset tiny trains "
+                        "your own")
+    rank_zero_print(f"{args.ckpt}: step {ckpt['step']}, {args.weights} weights; {args.num} videos of "
+        f"{args.frames} frames, {args.size}x{args.size}, {batches}; {args.sampler}, {args.sampling_steps or 'all'} steps, seed {args.seed}"
         + (f"; class {args.label or 'in turn'}, guidance {args.guidance:g}" if config["classes"] else "")
         + (f"; frames {args.given} of {args.condition} given" if args.given else "")
         + (f"; {len(blocks)} blocks of {window} frames" if len(blocks) > 1 else ""))
     if window > config["frames"] or args.size != config["size"]:
-        say(f"warning: trained on {config['frames']} frames, {config['size']}x{config['size']}, to draw {window}, "
-            f"{args.size}x{args.size}, at once"
+        rank_zero_print(f"warning: trained on {config['frames']} frames, {config['size']}x{config['size']}, to draw "
+            f"{window}, {args.size}x{args.size}, at once"
             + (f"; --window {config['frames']} draws long videos by blocks" if window > config["frames"] else ""))
 
 

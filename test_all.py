@@ -39,23 +39,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-import bench
 import command
 import data
 import diffusion
 import fvd
+import mazes
+import memory
 import model
 import s4d
 import sample
 import train
-from command import LiveMemory, UserError, autocast
-from data import MazeVideos
+from command import UserError, autocast
 from diffusion import Diffusion, label_dropped, sample_generators, with_guidance
+from mazes import MazeVideos
+from memory import LiveMemory
 from model import UNet3D, UNetConfig
 from s4d import S4D, S4DKernel, TemporalSSM
 from sample import draw
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE / "results"))
+import bench  # noqa: E402
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "torch._dynamo"])  # the latter for the optimisers
 multiprocessing.forkserver.ensure_running()  # it imports them while the first tests run
@@ -330,11 +334,11 @@ def test_second_derivatives(frames):
 
 def memory_of(function, *inputs):
     """-> the bytes that are kept for the backward pass, and the most that exist at once."""
-    with LiveMemory() as memory:
+    with LiveMemory() as live:
         y = function(*inputs)
-        kept = memory.live
+        kept = live.live
         y.square().sum().backward()
-    return kept, memory.peak
+    return kept, live.peak
 
 
 def test_neither_the_vandermonde_tensor_nor_the_states_of_s6_exist_whole():
@@ -970,7 +974,7 @@ def test_what_must_not_change_is_refused(run_folder):
     for flags in (["--frames", 6], ["--temporal", "gss"], ["--heads", 2, "--lr", 1], ["--seed", 1]):
         with pytest.raises(UserError, match=flags[0]):
             run_train("--steps", 5, "--out", run_folder, *flags)
-    lock = train.take_folder(run_folder)
+    lock = train.lock_folder(run_folder)
     other = fork_script("train.py", *TRAIN, "--steps", 5, "--out", run_folder)
     assert exit_code(other) == 1, "another training holds the folder"
     lock.close()
@@ -980,7 +984,7 @@ def test_what_must_not_change_is_refused(run_folder):
 
 
 def test_a_run_resumes_from_its_folder_alone(run_folder, monkeypatch, capsys):
-    monkeypatch.setattr(train, "step_memory", lambda *args: 0)
+    monkeypatch.setattr(memory, "step_memory", lambda *args: 0)
     config = (run_folder / "config.json").read_bytes()
     args = train.parse_args(["--out", str(run_folder)])
     assert (args.lr, args.frames, args.channel_mults, args.temporal, args.steps) == (1e-2, 5, [1], "ssm", 4)
@@ -1011,30 +1015,30 @@ def test_micro_batches_fit_in_memory(flags, gigabytes, parts, recompute, monkeyp
     def takes(config, shape, device, precision, grad_checkpoint):  # 1 or 2 GB a clip, half of it recomputed
         return 2**30 * shape[0] * (0.5 if grad_checkpoint else 1)
 
-    monkeypatch.setattr(train, "step_memory", takes)
-    monkeypatch.setattr(train, "free_memory", lambda device: 2**30 * (99 if flags else gigabytes / 0.9))
-    monkeypatch.setattr(train, "peak_memory", lambda device: 2**30)
+    monkeypatch.setattr(memory, "step_memory", takes)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**30 * (99 if flags else gigabytes / 0.9))
+    monkeypatch.setattr(memory, "peak_memory", lambda device: 2**30)
     args = train.parse_args(["--preset", "tiny", *flags])
     if parts is None:
         with pytest.raises(UserError, match="0.5 GB .* 0.4 GB"):
-            train.fit_memory(args, torch.device("cpu"))
+            memory.fit_memory(args, train.unet_config(args), torch.device("cpu"))
     else:
-        train.fit_memory(args, torch.device("cpu"))
+        memory.fit_memory(args, train.unet_config(args), torch.device("cpu"))
         assert (args.grad_accum, args.grad_checkpoint) == (parts, recompute)
     if recompute:
         args = train.parse_args(["--preset", "tiny", "--no-grad-checkpoint", *flags])
         with pytest.raises(UserError, match="1.0 GB even with single clips; 0.9 GB"):
-            train.fit_memory(args, torch.device("cpu"))
+            memory.fit_memory(args, train.unet_config(args), torch.device("cpu"))
 
 
 def test_processes_choose_the_same_micro_batches(monkeypatch):
     """The resumed run's 2 fit here, and not in the other process, which needs 4."""
-    monkeypatch.setattr(train, "step_memory", lambda *args: 0)
+    monkeypatch.setattr(memory, "step_memory", lambda *args: 0)
     others = iter([False, False, False, True])  # for 2, then 1, 2, 4
-    monkeypatch.setattr(train, "gather", lambda value: [value, next(others)])
+    monkeypatch.setattr(memory, "gather", lambda value: [value, next(others)])
     args = train.parse_args("--preset tiny --grad-accum 2".split())
     args.fixed = set()
-    train.fit_memory(args, torch.device("cpu"))
+    memory.fit_memory(args, train.unet_config(args), torch.device("cpu"))
     assert args.grad_accum == 4
 
 
@@ -1053,21 +1057,21 @@ def test_the_memory_of_a_step_is_that_of_its_tensors():
     config, shape, device = UNetConfig(**TINY | {"channel_mults": (1,)}), (2, 3, 12, 8, 8), torch.device("cpu")
     peaks = []
     for recompute in (False, True):
-        with LiveMemory() as memory:
+        with LiveMemory() as live:
             net = UNet3D(config, recompute)
-            memory.live = memory.peak = 16 * model.count_parameters(net)
+            live.live = live.peak = 16 * model.count_parameters(net)
             x, t = torch.randn(shape), torch.zeros(2).long()
             with autocast(device, "bf16"):
                 loss = (net(x, t).float() - x).square().mean()
             loss.backward()
-        peaks.append(memory.peak)
-    estimate = (train.step_memory(config, shape, device, "bf16", grad_checkpoint=True) - 2**28) / 1.1
+        peaks.append(live.peak)
+    estimate = (memory.step_memory(config, shape, device, "bf16", grad_checkpoint=True) - 2**28) / 1.1
     assert estimate == pytest.approx(peaks[1], rel=0.02) and peaks[1] < 0.7 * peaks[0]
 
 
 def test_one_clip_is_overfitted_in_bfloat16_as_in_float32(tmp_path, monkeypatch):
-    clip = data.MazeVideos(5, 8).clip(0, 0)
-    monkeypatch.setattr(data.MazeVideos, "clip_and_label", lambda self, *key: (clip, None))
+    clip = mazes.MazeVideos(5, 8).clip(0, 0)
+    monkeypatch.setattr(mazes.MazeVideos, "clip_and_label", lambda self, *key: (clip, None))
     curves = []
     for precision in ("float32", "bf16"):
         run_train("--steps", 15, "--out", tmp_path / precision, "--log-every", 5, *NO_SAMPLES, "--save-every", 100,
@@ -1085,7 +1089,7 @@ def test_a_step_is_what_the_flags_say(tmp_path):
     net = UNet3D(train.unet_config(train.parse_args([*TRAIN, *flags])))
     clips, labels = zip(*(MazeVideos(5, 8).clip_and_label(3, 0, i) for i in range(4)))
     hidden = [label_dropped(0.1, 3, 0, i) for i in range(4)]
-    numbers = [8 if hide else sorted(data.COLOUR_NAMES).index(label) for hide, label in zip(hidden, labels)]
+    numbers = [8 if hide else sorted(mazes.COLOUR_NAMES).index(label) for hide, label in zip(hidden, labels)]
     t, noise = diffusion.training_noise((3, 5, 8, 8), 3, 0, range(4), 4)
     denoiser = functools.partial(net, labels=torch.tensor(numbers))
     loss = Diffusion(4).loss(denoiser, data.to_float(torch.from_numpy(np.stack(clips))), t, noise, "l1").mean()
@@ -1505,12 +1509,12 @@ def test_maze_walks_are_a_function_of_their_key():
     assert walk.shape == (40, 16, 16, 3) and walk.dtype == np.uint8
     digest = "846c1ec5378d7026fa69af54cd1208c36bb67875801417ad65bf08d440873bfc"
     assert hashlib.sha256(walk.tobytes()).hexdigest() == digest, "other mazes would be other training curves"
-    assert np.array_equal(walk, MazeVideos(40, 16).clip(3, 5)) and label in data.COLOUR_NAMES
+    assert np.array_equal(walk, MazeVideos(40, 16).clip(3, 5)) and label in mazes.COLOUR_NAMES
     assert np.array_equal(walk[:7], MazeVideos(7, 16).clip(3, 5)), "a shorter walk is the beginning of a longer one"
     for split, key in (("test", (3, 5)), ("train", (5, 3)), ("train", (3,)), ("train", (3, 5, 0))):
         assert not np.array_equal(walk, MazeVideos(40, 16, split).clip(*key))
     labels = {MazeVideos(1, 8).clip_and_label(0, i)[1] for i in range(100)}
-    assert labels == set(data.class_names(None)) == set(data.COLOUR_NAMES)
+    assert labels == set(data.class_names(None)) == set(mazes.COLOUR_NAMES)
 
 
 def test_every_window_is_equally_likely_and_none_crosses_a_boundary(three_videos):
@@ -2094,27 +2098,6 @@ def test_bench_table_with_rows_out_of_memory_and_an_interrupt(monkeypatch, capsy
         "1 | 5 | 20 | 1500 | 2048 | 1.25 | 2.5 |"]
 
 
-def test_a_gpu_session_goes_on_where_the_last_one_ended(tmp_path, monkeypatch, capsys):
-    ran, out = [], tmp_path / "gpu.md"
-
-    def fake_run(words, stdout, **settings):
-        if len(ran) == 3:
-            raise KeyboardInterrupt
-        ran.append(words)
-        return types.SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(bench, "choose_device", print)
-    monkeypatch.setattr(bench.subprocess, "run", fake_run)
-    with pytest.raises(KeyboardInterrupt):
-        bench.gpu_session(out)
-    ran[:] = [[], []] + [None] * 2  # no more interrupts
-    bench.gpu_session(out)
-    assert f"{len(bench.GPU_PLAN)} of {len(bench.GPU_PLAN)} parts" in capsys.readouterr().out
-    assert len(ran) == 4 + len(bench.GPU_PLAN) - 3 and "out/gpu" in sum(ran[4:], [])
-    bench.gpu_session(tmp_path / "late.md", minutes=0.6)
-    assert len(ran) == 4 + len(bench.GPU_PLAN) - 3 + sum(limit < 36 for limit, _ in bench.GPU_PLAN)
-
-
 def test_bench_measures_a_row(capsys):
     for row, parameters in ((["train", 3, "ssm --mlp-layers 1", "textbook"], 278_147),
                             (["sample", 3, "ssm", "ours"], 292_227), (["layer", 3, "attention", "ours"], 1028)):
@@ -2126,7 +2109,7 @@ def test_bench_measures_a_row(capsys):
 
 def test_the_widest_network_within_a_budget(monkeypatch, capsys):
     """Each base channel takes 0.1 GB; heads are base / 8, the time embedding is 32 x base wide."""
-    monkeypatch.setattr(train, "step_memory", lambda config, shape, *_: 0.1 * 2**30
+    monkeypatch.setattr(bench, "step_memory", lambda config, shape, *_: 0.1 * 2**30
                         * (4 * config.heads + config.time_dim / 64) if shape == (2, 3, 5, 8, 8) else 0)
     for budget, cells in (0.7, "out of memory"), (4.7, "40 | 25.41 | 4 | 4.8"):
         bench_command("--budget-gb", budget, "--frames", 5, "--size", 8, "--batch-size", 2)
@@ -2178,11 +2161,13 @@ ALONE = {  # files -> packages that they need beside torch, and what must work t
                      "assert Diffusion(2).sample(lambda x, t: x, x.shape, sample_generators(0, [0])).shape == x.shape"),
     "model.py s4d.py": (["einops"], "from model import *; x = torch.randn(1, 3, 2, 8, 8);"
                         "assert UNet3D(UNetConfig(base_channels=8))(x, torch.tensor([1])).shape == x.shape"),
-    "data.py": (["numpy", "PIL", "av"], "import data; assert data.MazeVideos(3, 8).clip(0).shape == (3, 8, 8, 3)"),
+    "data.py": (["numpy", "PIL", "av"], "import data, torch; x = torch.zeros(1, 3, 8, 8, 3, dtype=torch.uint8);"
+                "assert torch.equal(data.to_uint8(data.to_float(x)), x)"),
+    "mazes.py": (["numpy"], "import mazes; assert mazes.MazeVideos(3, 8).clip(0).shape == (3, 8, 8, 3)"),
     "fvd.py": (["numpy"], "import fvd, numpy as np;"
                "assert abs(fvd.frechet_distance(np.zeros(2), np.eye(2), np.ones(2), np.eye(2)) - 2) < 1e-6"),
     # a GPU machine may lack PyAV
-    "s4d.py model.py diffusion.py data.py fvd.py sample.py train.py bench.py command.py":
+    "s4d.py model.py diffusion.py data.py mazes.py fvd.py sample.py train.py results/bench.py memory.py command.py":
         (["numpy", "einops", "PIL", "tqdm"], "import train, bench")}
 
 
@@ -2203,9 +2188,10 @@ def test_files_work_alone_in_an_empty_folder(tmp_path):
 # ------------------------------------------------------------------------------------------------ the printed commands
 
 
-PRINTED = "".join(path.read_text() for path in [HERE / "README.md", *HERE.glob("*.py")]).replace("\\\n", "")
+SOURCES = [HERE / "README.md", *HERE.glob("*.py"), *HERE.glob("results/*.py")]
+PRINTED = "".join(path.read_text() for path in SOURCES).replace("\\\n", "")
 COMMANDS = [shlex.split(line, comments=True) for line in re.findall(
-    r"^ {4}(?:pip .* && )?(?:python|torchrun .*?) (\w+\.py .*)", PRINTED, re.M) if "FILE.npy" not in line]
+    r"^ {4}(?:pip .* && )?(?:python|torchrun .*?) ((?:results/)?\w+\.py .*)", PRINTED, re.M) if "FILE.npy" not in line and "study.py" not in line]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
@@ -2213,7 +2199,7 @@ def test_every_printed_command_is_understood(words, tmp_path, monkeypatch):
     """By the parser of its script: what it then does, or lacks, is others' business."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", words)
-    script = sys.modules[words[0].removesuffix(".py")]
+    script = sys.modules[Path(words[0]).stem]
     monkeypatch.setattr(data, "write_packed", lambda *args: None)
     with contextlib.suppress(data.DataError):  # no such videos here
         (data.main if script is data else script.parse_args)()

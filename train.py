@@ -43,12 +43,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fvd
-from command import (Parser, UserError, agree, autocast, choose_device, choose_precision, counted_memory,
-                     first_then_all, free_memory, gather, gist, join_processes, non_negative_int, number, peak_memory,
-                     positive_float, positive_int, processes, run, say, whole_file, zero_to_one)
-from data import DataError, MazeVideos, batches, class_names, cpus, open_videos, to_float
+from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, gather, gist, join_processes,
+                     non_negative_int, number, positive_float, positive_int, processes, rank_zero_first,
+                     rank_zero_print, run, zero_to_one)
+from data import DataError, batches, class_names, cpus, open_videos, to_float
 from diffusion import PREDICTIONS, Diffusion, label_dropped, sample_generators, training_noise
-from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails, count_parameters
+from mazes import MazeVideos
+from memory import fit_memory, peak_memory
+from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails
 from s4d import cached_kernels
 from sample import draw, load_checkpoint, save_gif
 
@@ -96,21 +98,21 @@ def train(args):
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     join_processes("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")  # gloo carries the stop flag
     net = UNet3D(unet_config(args)).to(device)
-    say(describe(args, net))
+    rank_zero_print(describe(args, net))
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=device.type in ("cpu", "cuda"))
     diffusion = Diffusion(args.diffusion_steps, device, args.prediction)
 
     # ---- data, run folder, resume: all that is wrong with them shows here, before any training
     i3d = fvd.load_i3d(args.i3d, device) if args.fvd_every else None
-    videos, held_out, about_data = first_then_all(functools.partial(open_data, args))
-    lock = take_folder(args.out) if rank == 0 else None  # noqa: F841, held until this process ends
-    say(about_data, fit_memory(args, device), sep="\n")
+    videos, held_out, about_data = rank_zero_first(functools.partial(open_data, args))
+    lock = lock_folder(args.out) if rank == 0 else None  # noqa: F841, held until this process ends
+    rank_zero_print(about_data, fit_memory(args, unet_config(args), device), sep="\n")
     net.grad_checkpoint = args.grad_checkpoint
     config = {name: value for name, value in vars(args).items() if name not in ("out", "dry_run", "memory_gb", "fixed")}
     first_step = resume(args, config, net, ema, optimizer)
     if first_step >= args.steps:
-        return say(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
+        return rank_zero_print(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
     tensorboard = start_log(args, config, first_step) if rank == 0 else None
 
     # ---- compile and DDP; this process's share of every batch
@@ -183,7 +185,7 @@ def train(args):
     bar.close()
     if rank == 0 and importlib.util.find_spec("matplotlib"):
         draw_curves(args.out)
-    say(f"stopped at step {step}, saved in {args.out}; the same command resumes" if step < args.steps else
+    rank_zero_print(f"stopped at step {step}, saved in {args.out}; the same command resumes" if step < args.steps else
         f"done, saved in {args.out}; python sample.py --ckpt {shlex.quote(str(args.out))} draws videos")
 
 
@@ -255,7 +257,7 @@ def held_out_loss(net, diffusion, videos, args):
 def draw_samples(net, diffusion, args, count, stopping):
     """Draw the first `count` samples -> uint8 (count, f, h, w, 3); None if a stop was asked for meanwhile. With
     classes, sample i has the class i mod their number."""
-    say(f"drawing {count} samples in {diffusion.T} steps")
+    rank_zero_print(f"drawing {count} samples in {diffusion.T} steps")
     rank, _, world_size = processes()
     share, device = args.batch_size // world_size // args.grad_accum, torch.device(diffusion.device)
 
@@ -298,7 +300,7 @@ def watch_signals():
         if number in received:
             sys.exit(1)
         received.add(number)
-        say("stopping after this step; again to stop at once", file=sys.stderr)
+        rank_zero_print("stopping after this step; again to stop at once", file=sys.stderr)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -330,7 +332,7 @@ def open_data(args):
     return videos, videos, f"{about}; no videos are held out: the held-out loss is that of fixed training clips"
 
 
-def take_folder(out):
+def lock_folder(out):
     """Make a run's folder and lock it against a second training -> the lock file. Raises OSError or UserError."""
     (out / "samples").mkdir(parents=True, exist_ok=True)
     lock = open(out / ".lock", "w")
@@ -348,7 +350,7 @@ def newest_checkpoint(out):
 
 def save_checkpoint(out, step, config, net, ema, optimizer):
     """Write out/ckpt.pt, all that resuming needs; the one before stays as ckpt_previous.pt. Raises OSError."""
-    with whole_file(out / "ckpt.pt") as file:
+    with atomic_write(out / "ckpt.pt") as file:
         torch.save({"step": step, "config": config, "unet": dataclasses.asdict(net.config), "model": net.state_dict(),
                     "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}, file)
         with contextlib.suppress(OSError):  # there is none yet, or the file system has no hard links
@@ -381,7 +383,7 @@ def resume(args, config, net, ema, optimizer):
         optimizer.load_state_dict({"state": ckpt["optimizer"]["state"], "param_groups": groups})
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not fit this network ({gist(error)}); choose another --out") from None
-    say(*changed.values(), f"resuming from step {ckpt['step']} of {args.steps}", sep="\n")
+    rank_zero_print(*changed.values(), f"resuming from step {ckpt['step']} of {args.steps}", sep="\n")
     return ckpt["step"]
 
 
@@ -399,11 +401,11 @@ def read_config(out, known):
 def start_log(args, config, first_step):
     """Write config.json; drop the lines of log.jsonl that are later than the checkpoint, as those steps come again ->
     the TensorBoard writer, or None."""
-    with whole_file(args.out / "config.json", "w") as file:
+    with atomic_write(args.out / "config.json", "w") as file:
         json.dump(config, file, indent=1)
     path = args.out / "log.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    with whole_file(path, "w") as file:  # the last line of a killed run may be cut off
+    with atomic_write(path, "w") as file:  # the last line of a killed run may be cut off
         file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step)
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
@@ -441,7 +443,7 @@ def draw_curves(out):
         panel.plot(steps, [r["held_out_loss"] for r in held_out], label="held-out loss")
         panel.plot(steps, [r["held_out_quartiles"] for r in held_out], label=labels, linewidth=1)
     panel.legend()
-    with whole_file(out / "loss.png") as file:
+    with atomic_write(out / "loss.png") as file:
         figure.savefig(file, format="png", dpi=120)
 
 
@@ -452,65 +454,6 @@ def unet_config(args):
     shared = {field.name for field in dataclasses.fields(UNetConfig)} & vars(args).keys() - {"classes", "channel_mults"}
     return UNetConfig(bidirectional=not args.unidirectional, classes=len(args.classes or []),
                       channel_mults=tuple(args.channel_mults), **{name: getattr(args, name) for name in shared})
-
-
-def step_memory(config, clip_shape, device, precision="float32", grad_checkpoint=False):
-    """-> bytes that a training step takes for clips of `clip_shape` (b, c, f, h, w): parameters, Adam's two moments and
-    the EMA, as large each, and what the forward and backward pass holds at its peak, gradients included, counted on
-    tensors without data; a tenth more and 1/4 GB stand for workspaces of PyTorch's kernels and fragmentation."""
-    with counted_memory(device) as memory:
-        net = UNet3D(config, grad_checkpoint)
-        memory.live = memory.peak = 4 * 4 * count_parameters(net)
-        x, t = torch.empty(clip_shape), torch.empty(clip_shape[0], dtype=torch.long)
-        with autocast(device, precision):
-            loss = (net(x, t).float() - x).square().mean()
-        loss.backward()
-    return 1.1 * memory.peak + 2**28
-
-
-def fit_memory(args, device):
-    """Choose the fewest micro-batches whose step fits in memory and, only if single clips do not fit without it,
-    recomputation: sets args.grad_accum and args.grad_checkpoint -> a line about it. --grad-accum stays as given; that
-    of the run that is resumed stays if it fits, since others would change the last bits of sums. Raises UserError."""
-    config, world_size, precision = unet_config(args), processes()[2], choose_precision(device, args.precision)
-    share, limit = args.batch_size // world_size, 0.9 * free_memory(device)
-    if args.memory_gb:  # on a CPU it is that of the process, which has something already
-        limit = max(0, args.memory_gb * 2**30 - (0 if device.type == "cuda" else peak_memory(device)))
-    with torch.device("meta"):
-        gradients = 4 * count_parameters(UNet3D(config))
-
-    @functools.cache
-    def count(clips, recompute):
-        shape = clips, config.video_channels, args.frames, args.size, args.size
-        return step_memory(config, shape, device, precision, recompute)
-
-    def takes(clips, recompute):
-        memory, earlier = count(share, recompute), clips < share
-        if earlier:  # what a step takes is nearly linear in its clips
-            one = count(1, recompute)
-            memory = one + (memory - one) * (clips - 1) / (share - 1)
-        # the gradients of the micro-batches before are there, and DDP has a copy of them
-        return memory + (earlier + (world_size > 1)) * gradients
-
-    fixed, may_recompute = "grad_accum" in args.fixed, args.grad_checkpoint or "grad_checkpoint" not in args.fixed
-    choices = [(parts, recompute) for recompute in sorted({bool(args.grad_checkpoint), may_recompute})
-               for parts in range(1, share + 1) if share % parts == 0]
-    if args.grad_accum and share % args.grad_accum == 0:
-        choices.insert(0, (args.grad_accum, args.grad_checkpoint))
-    for parts, recompute in choices:
-        expected = None if fixed and not args.dry_run else takes(share // parts, recompute)
-        if fixed or all(gather(expected <= limit)):  # on every process, or on none
-            break
-    else:
-        raise UserError(f"a training step takes {expected / 2**30:.1f} GB even with single clips"
-                        f"{' and recomputation' * recompute}; {limit / 2**30:.1f} GB are free; try a smaller --frames, "
-                        "--size or --base-channels")
-    if args.grad_accum not in (None, parts):
-        say("the micro-batches of this run do not fit here: others give the same sums but for their last bits")
-    args.grad_accum, args.grad_checkpoint = parts, recompute
-    return (f"global batch {args.batch_size} = {world_size} processes x {parts} micro-batches of {share // parts} clips"
-            + (", recomputing blocks" if recompute else "") + f"; {device.type}, {precision}"
-            + (f"; each process takes about {expected / 2**30:.1f} GB of {limit / 2**30:.1f}" if expected else ""))
 
 
 def describe(args, net):
@@ -685,8 +628,8 @@ def main():
         return train(args)
     device = choose_device(args.device)
     with torch.device("meta"):
-        say(describe(args, UNet3D(unet_config(args))))
-    say(fit_memory(args, device))
+        rank_zero_print(describe(args, UNet3D(unet_config(args))))
+    rank_zero_print(fit_memory(args, unet_config(args), device))
 
 
 if __name__ == "__main__":

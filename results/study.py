@@ -30,9 +30,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command import Parser, positive_int, run, whole_file
-from data import DataError, MazeVideos, to_float
+from command import Parser, positive_int, run, atomic_write
+from data import DataError, to_float
 from diffusion import Diffusion, sample_generators, training_noise
+from mazes import MazeVideos
 from s4d import cached_kernels
 from sample import draw, load_checkpoint, load_network
 from train import parse_args, train
@@ -64,7 +65,7 @@ def main():
     for seed in flags.seeds:
         for layer in flags.layers:
             records += measure(layer, seed, flags, others)
-    with whole_file(flags.out / "study.jsonl", "w") as file:
+    with atomic_write(flags.out / "study.jsonl", "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
     report(records, flags)
 
@@ -89,7 +90,7 @@ def measure(layer, seed, flags, others):
     if step == flags.steps and not path.exists():
         print(f"drawing {flags.samples} videos from {out}", flush=True)
         measured = measure_network(out / "ckpt.pt", flags.samples)
-        with whole_file(path, "w") as file:
+        with atomic_write(path, "w") as file:
             json.dump(measured, file)
     if path.exists():
         records[-1] |= json.loads(path.read_text())
@@ -193,7 +194,7 @@ def draw_curves(records, pairs, steps, path):
         panel.axhline(0, color="grey", linewidth=0.5)
         panel.set(title=title, xlabel="step", ylabel="% of held-out loss" if i == 0 else None)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 

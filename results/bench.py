@@ -1,16 +1,15 @@
 """Time and memory of the network with each temporal layer: against the number of frames, against the textbook.
 
-    python bench.py --out bench.md                                       # the layers of Table 2; table and figure
-    python bench.py --preset tiny --frames 16 64 --temporal ssm lstm     # a small network
-    python bench.py --what layer --size 8 --frames 16 64 200 400 800 1600 --out layers.md \
+    python results/bench.py --out bench.md                               # the layers of Table 2; table and figure
+    python results/bench.py --preset tiny --frames 16 64 --temporal ssm lstm     # a small network
+    python results/bench.py --what layer --size 8 --frames 16 64 200 400 800 1600 --out layers.md \
         --temporal ssm attention "attention --attention-impl math" linear-attention lstm                     # Table 1
-    python bench.py --what train --temporal ssm --frames 200 --baseline  # against the textbook
-    python bench.py --budget-gb 24 --frames 256 --batch-size 8           # the widest network that fits
-    python bench.py --gpu --out gpu.md      # what there is to know of a GPU: ten minutes; again for the rest
+    python results/bench.py --what train --temporal ssm --frames 200 --baseline  # against the textbook
+    python results/bench.py --budget-gb 24 --frames 256 --batch-size 8           # the widest network that fits
 
 Each row is measured in a process of its own: one step to warm up, then --repeats steps, whose median counts. Flags that
 --help does not list are train.py's, for all rows or, in quotes with a temporal layer, for its rows; unless given, the
-batch size is 1 and the precision float32. --budget-gb runs nothing: it goes by train.step_memory.
+batch size is 1 and the precision float32. --budget-gb runs nothing: it goes by memory.step_memory.
 
 Glossary
     train       a training step: forward, backward, fused Adam
@@ -40,32 +39,20 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import model
 import train
-from command import (Parser, UserError, autocast, choose_device, choose_precision, peak_memory, positive_float,
-                     positive_int, run, whole_file)
+from command import (Parser, UserError, atomic_write, autocast, choose_device, choose_precision, positive_float,
+                     positive_int, run)
 from data import DataError
+from memory import peak_memory, step_memory
 from s4d import TemporalSSM, cached_kernels
 from sample import for_sampling
 
 Row = namedtuple("Row", "what frames temporal form")  # form: "ours" or "textbook"
 COLUMNS = "M parameters", "seconds", "GB", "ms per frame", "MB per frame", "ratio of seconds", "ratio of GB"
 BUDGET_COLUMNS = "base channels", "M parameters", "GB", "GB of the next width"
-
-STEP = "bench.py --batch-size 8 --precision bf16 --repeats 3 --frames 400 --temporal ssm --what train"  # of minerl-400
-LEAN, DRAW = f"{STEP} --grad-checkpoint", STEP.replace("train", "sample")
-TRAIN = "train.py --preset minerl-400 --eval-clips 0 --grid-samples 0 --grad-checkpoint --out OUT --steps"
-TEST = "-m pytest -q test_all.py -k"
-TIME = "-m timeit -s \"import torch; x = torch.ones(2**14, 2**14, device='cuda', dtype=torch.bfloat16); y = x.clone()\""
-COPY, PRODUCT = (f"{TIME} '{operation}; torch.cuda.synchronize()'" for operation in ("y.copy_(x)", "x @ y"))
-GPU_PLAN = (  # what --gpu runs, in the order that loses least if time runs out: seconds at most, command; OUT: a folder
-    (30, "-m torch.utils.collect_env"), (30, COPY), (30, PRODUCT),
-    (90, f"{TEST} '(test_gpu or gpu-) and not compiled'"),
-    (60, STEP), (60, LEAN), (60, f"{LEAN} --profile"), (40, f"{DRAW} --batch-size 1"), (40, DRAW),
-    (30, f"{STEP} --what layer --channels 64"), (30, f"{STEP} --what layer --channels 512 --size 4"),
-    (200, f"{LEAN} --compile"), (90, f"{DRAW} --compile"), (60, f"{TRAIN} 10"), (60, f"{TRAIN} 20"),
-    (120, f"{LEAN} --frames 64 200 400 --temporal ssm attention linear-attention"),
-    (200, f"{TEST} 'test_gpu and compiled'"), (60, f"{STEP} --what layer --temporal mamba 'mamba --ssm s6'"))
 
 
 # ---------------------------------------------------------------------------------------- the textbook
@@ -210,7 +197,7 @@ def widest(row, budget, others):
     def gigabytes(base):
         net = args(base)
         device = choose_device(net.device)
-        return train.step_memory(train.unet_config(net), (net.batch_size, 3, net.frames, net.size, net.size), device,
+        return step_memory(train.unet_config(net), (net.batch_size, 3, net.frames, net.size, net.size), device,
                                  choose_precision(device, net.precision), net.grad_checkpoint) / 2**30
 
     base = 8 * bisect.bisect_right(range(8, 1024, 8), budget, key=gigabytes)
@@ -238,28 +225,8 @@ def draw(path, results):
             panel.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
             panel.minorticks_off()
         panels[0].legend(fontsize="small")
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
-
-
-def gpu_session(out, minutes=10):
-    """Run the commands of GPU_PLAN that `out` does not have yet and for which there is time; append what they print to
-    it as it comes, and at the end their exit status: 124 is out of time."""
-    choose_device("cuda")  # raises UserError without one
-    end = time.monotonic() + 60 * minutes
-    for limit, command in GPU_PLAN:
-        done = f": python {command}\n"
-        if out.exists() and done in out.read_text() or end - time.monotonic() < limit:
-            continue
-        # an interrupt, so that bench.py ends the process of its row; in our group, so that Ctrl-C reaches it
-        timeout = f"timeout --foreground --signal=INT --kill-after=5 {limit}"
-        words = [f"out/{out.stem}" if word == "OUT" else word for word in shlex.split(command)]
-        with open(out, "a") as file:
-            print(f"\n## python {command}\n", file=file, flush=True)
-            status = subprocess.run([*timeout.split(), sys.executable, *words], stdout=file,
-                                    stderr=subprocess.STDOUT, cwd=Path(__file__).parent).returncode
-            print(f"\nexit status {status}{done}", file=file)
-    print(f"{out} has {out.read_text().count('exit status')} of {len(GPU_PLAN)} parts")
 
 
 def parse_args():
@@ -278,9 +245,8 @@ def parse_args():
     add("--threads", type=positive_int, default=1, help="CPU threads")
     add("--budget-gb", type=positive_float, help="find the widest network whose training step fits, for each layer")
     add("--out", type=Path, help="Markdown file for the table; a figure, with matplotlib, goes beside it")
-    add("--gpu", action="store_true", help="measure on a GPU what --out (gpu.md) does not have yet, for ten minutes")
-    add("--profile", action="store_true", help="the forty largest kernels of one more step")
-    add("--row", type=json.loads, help="measure this row in this process and print its numbers")
+    add("--profile", action="store_true", help=argparse.SUPPRESS)
+    add("--row", type=json.loads, help=argparse.SUPPRESS)
     flags, others = parser.parse_known_args()
     if flags.out and flags.out.suffix != ".md":
         parser.error(f"--out {flags.out}: expected a name that ends in .md")
@@ -289,8 +255,6 @@ def parse_args():
 
 def main():
     flags, others = parse_args()
-    if flags.gpu:
-        return gpu_session(flags.out or Path("gpu.md"))
     torch.set_num_threads(flags.threads)
     if flags.row:
         return print(json.dumps(measure(row := Row(*flags.row), settings(row, others), flags)))
@@ -312,7 +276,7 @@ def main():
             print(line, file=file, flush=True)
 
     columns = [*Row._fields, *(BUDGET_COLUMNS if flags.budget_gb else COLUMNS)]
-    show(f"{machine}, torch {torch.__version__}: `{shlex.join(['python', 'bench.py', *sys.argv[1:]])}`\n")
+    show(f"{machine}, torch {torch.__version__}: `{shlex.join(['python', 'results/bench.py', *sys.argv[1:]])}`\n")
     show(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     results, firsts = {}, {}
     try:
