@@ -20,6 +20,7 @@ With `sample_generators` and `training_noise`, every random number is a function
 """
 import functools
 import hashlib
+import itertools
 import math
 
 import torch
@@ -78,16 +79,10 @@ class Diffusion:
         signal, noise_level = self.levels(t, x_0)
         return signal * noise - noise_level * x_0
 
-    def loss(self, net, x_0, t, noise, kind="l2"):
-        """‖ε - ε_θ(x_t, t)‖² per video, averaged over its values, Eq. 14 ("l1": the absolute difference) -> (b,).
-
-        With prediction "v", the same of v.
-        """
-        if kind not in ("l2", "l1"):
-            raise ValueError(f"loss is {kind!r}; expected 'l2' or 'l1'")
+    def loss(self, net, x_0, t, noise):
+        """‖ε - ε_θ(x_t, t)‖² per video, averaged over its values, Eq. 14; with prediction "v" that of v -> (b,)."""
         target = noise if self.prediction == "eps" else self.v(x_0, t, noise)
-        error = net(self.q_sample(x_0, t, noise), t).float() - target
-        return (error.square() if kind == "l2" else error.abs()).flatten(1).mean(1)
+        return (net(self.q_sample(x_0, t, noise), t).float() - target).square().flatten(1).mean(1)
 
     def denoise(self, net, x_t, t):
         """The network's x̂_0 for x_t (b, ...) at step t, an int, not clipped -> (b, ...). Gradients pass."""
@@ -141,7 +136,7 @@ class Diffusion:
         return torch.where(given.view(-1, *[1] * (x_t.dim() - 3)), x_a, x_0)
 
     @torch.no_grad()
-    def sample(self, net, shape, generators=None, progress=None, steps=None, eta=None, known=None, weight=1.0):
+    def sample(self, net, shape, generators=None, progress=None, steps=None, eta=None, known=None, weight=10.0):
         """Draw videos by ancestral sampling, Algorithm 2, or DDIM, with x̂_0 clipped to [-1, 1] at every step.
 
         shape: (b, c, f, h, w). generators: b torch.Generators on the diffusion's device, one per video, so that a
@@ -166,6 +161,31 @@ class Diffusion:
             x_0 = x_0.clamp(-1, 1)
             x = self.step(x, x_0, t, s, generators, eta)
         return x
+
+
+    @torch.no_grad()
+    def stream(self, net, advance, shape, generators=None, steps=16, eta=0.5, given=None):
+        """Draw videos a frame at a time, without end, with a causal network, by DDIM.
+
+            with streaming(net) as advance:                                                 # see s4d.py
+                for frame in diffusion.stream(net, advance, (b, c, h, w)): ...
+
+        advance: called after each frame's last call of the network, which has seen it finished, at its lowest t.
+        generators, steps, eta: as in `sample`; the first frames are the same however many are drawn.
+        given: (b, c, k, h, w), frames that the videos begin with, or None; they come out first.
+        Yields float32 (b, c, 1, h, w) in [-1, 1]. Raises ValueError for settings that do not fit.
+        """
+        times, (b, c, h, w) = self.timesteps(steps), shape
+        for k in itertools.count():
+            if given is not None and k < given.shape[2]:
+                x = given[:, :, k:k + 1]
+            else:
+                x = randn((b, c, 1, h, w), generators, self.device)
+                for t, s in times:
+                    x = self.step(x, self.denoise(net, x, t).clamp(-1, 1), t, s, generators, eta)
+            net(x, torch.zeros(b, dtype=torch.long, device=self.device))
+            advance()
+            yield x
 
 
 def with_guidance(net, labels, null, guidance=1.0):

@@ -111,7 +111,7 @@ class UNet3D(nn.Module):
         self.check_shapes(x, t, labels)
         run = checkpointed if self.grad_checkpoint else nn.Module.__call__
         temporal_args = () if self.position_bias is None else (self.position_bias(x.shape[2]),)  # (heads, f, f)
-        t = t.view(len(t), -1)                                                              # b 1, or b f
+        t = t if t.dim() == 2 else t[:, None]                                               # b 1, or b f
         time_embedding = self.time_mlp(sinusoidal_embedding(t, self.config.base_channels).to(x.dtype))  # b 1 time_dim
         if self.class_embedding is not None:
             labels = torch.full_like(t[:, 0], self.config.classes) if labels is None else labels
@@ -122,9 +122,8 @@ class UNet3D(nn.Module):
         x = stem = run(self.stem_temporal, x, *temporal_args)
         skips = []
         for level in self.down:
-            x = level(x, time_embedding, temporal_args, run)                                # b f h w c
-            skips.append(x)
-            x = conv_per_frame(level.resample, x)                                           # b f h/2 w/2 c
+            x, skip = level(x, time_embedding, temporal_args, run)                          # b f h/2 w/2 c, b f h w c
+            skips.append(skip)
 
         x = run(self.mid_res1, x, time_embedding)
         x = run(self.mid_spatial, x)
@@ -133,8 +132,7 @@ class UNet3D(nn.Module):
 
         for level in self.up:
             x = torch.cat([x, skips.pop()], dim=-1)                                         # b f h w 2c
-            x = level(x, time_embedding, temporal_args, run)                                # b f h w c/2
-            x = conv_per_frame(level.resample, x)                                           # b f 2h 2w c/2
+            x, _ = level(x, time_embedding, temporal_args, run)                             # b f 2h 2w c/2
 
         x = run(self.final_res, torch.cat([x, stem], dim=-1))                               # b f h w base
         return rearrange(self.final_conv(x), "b f h w c -> b c f h w").contiguous()         # b video_channels f h w
@@ -154,8 +152,8 @@ class UNet3D(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the U-Net: two ResNet blocks, spatial linear attention, temporal layer. The network calls its
-    `resample`, a convolution that halves or doubles height and width, since the skip connection is taken before it."""
+    """One resolution of the U-Net: two ResNet blocks, spatial linear attention, temporal layer -> what the skip
+    connection takes; then a convolution that halves or doubles height and width, if any -> the output."""
 
     def __init__(self, config, c_in, c_out, resample=None):
         super().__init__()
@@ -169,7 +167,8 @@ class Level(nn.Module):
         x = run(self.res1, x, time_embedding)
         x = run(self.res2, x, time_embedding)
         x = run(self.spatial, x)
-        return run(self.temporal, x, *temporal_args)
+        skip = run(self.temporal, x, *temporal_args)
+        return conv_per_frame(self.resample, skip), skip
 
 
 def sinusoidal_embedding(t, dim):
@@ -241,13 +240,10 @@ class Block(nn.Module):
 
 
 def conv_per_frame(conv, x):
-    """A Conv2d of each frame alone, channels last: (b, f, h, w, c) -> (b, f, h', w', c')."""
-    if x.device.type == "cpu" and x.shape[2] * x.shape[3] <= 16 and isinstance(conv, nn.Conv2d):
-        # frames so small as one volume, channels first: oneDNN is up to twice as fast
-        video = rearrange(x, "b f h w c -> b c f h w").contiguous()
-        y = F.conv3d(video, conv.weight[:, :, None], conv.bias, (1, *conv.stride), (0, *conv.padding))
-        return rearrange(y, "b c f h w -> b f h w c").contiguous()
+    """A 2D convolution of each frame alone, channels last: (b, f, h, w, c) -> (b, f, h', w', c')."""
     frames = x.flatten(0, 1).permute(0, 3, 1, 2)                                            # b·f c h w, a view
+    if x.device.type == "cpu" and x.shape[2] * x.shape[3] <= 16:
+        frames = frames.contiguous()  # with frames so small oneDNN is up to twice as fast channels first
     return conv(frames).permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
 
 
@@ -318,13 +314,7 @@ class SpatialLinearAttention(SpatialAttention):
         with autocast_off(x.device):
             q, k = q.softmax(-1), k.softmax(1)
         context = torch.einsum("nphd,nphe->nhde", k, v) * q.shape[-1] ** -0.5
-        if x.shape[1] < x.shape[2]:
-            out = torch.einsum("nphd,nhde->nphe", q, context).flatten(2)                    # n p heads·e
-            return x + self.to_out(out)
-        # with many positions, context and W_out are made one matrix per frame first, and to_out is not called
-        W_out = self.to_out.weight.unflatten(1, (self.heads, -1))                           # c heads e
-        matrix = torch.einsum("nhde,che->nhdc", context, W_out).flatten(1, 2)
-        return x + torch.baddbmm(self.to_out.bias, q.flatten(2), matrix)
+        return x + self.to_out(torch.einsum("nphd,nhde->nphe", q, context).flatten(2))      # n p c
 
 
 # ---------------------------------------------------------------------------------------- temporal layers
@@ -535,10 +525,8 @@ class TemporalMamba(nn.Module):
 
 def short_conv(u, conv, reverse):
     """y_k = Σ_j w_j u_{k-3+j}, or backward in time, Σ_j w_j u_{k+3-j}; conv: Conv1d, u: (b, f, ..., c)."""
-    weight = conv.weight.flip(2) if reverse else conv.weight                                     # c 1 4
-    past = weight.shape[2] - 1
-    x = u.reshape(*u.shape[:2], -1, u.shape[-1]).permute(0, 3, 1, 2)                             # b c f p, a view
-    # padded on both sides: of the outcome, the first f frames look back and the last f ahead
-    y = F.conv2d(x, weight[..., None], conv.bias, padding=(past, 0), groups=len(weight))
-    y = y[:, :, past:] if reverse else y[:, :, :-past]
-    return y.permute(0, 2, 3, 1).reshape(u.shape)
+    x = u.flip(1) if reverse else u
+    x = x.reshape(*u.shape[:2], -1, u.shape[-1]).permute(0, 2, 3, 1).flatten(0, 1)               # b·p c f
+    y = conv(F.pad(x, (conv.kernel_size[0] - 1, 0)))
+    y = y.unflatten(0, (u.shape[0], -1)).permute(0, 3, 1, 2).reshape(u.shape)
+    return y.flip(1) if reverse else y

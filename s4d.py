@@ -19,6 +19,7 @@ The SSM (Gu et al. 2022, "On the Parameterization and Initialization of Diagonal
     s_k = Ā s_{k-1} + B̄ u_k,    y_k = 2 Re(C s_k) + D u_k,    Ā = exp(ΔA),  B̄ = (Ā - 1)/A  (B = 1)
 and unrolled, y = K * u + D u with K_l = 2 Re Σ_n C_n (exp(ΔA_n) - 1)/A_n · exp(ΔA_n l).
 """
+import collections
 import contextlib
 import importlib.util
 import math
@@ -104,8 +105,8 @@ def at_least_float32(x):
 
 
 def autocast_off(device):
-    """A context in which float32 stays float32; the meta device, where there are only shapes, has no autocast."""
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """A context in which float32 stays float32."""
+    return torch.autocast(device.type, enabled=False)
 
 
 # ---------------------------------------------------------------------------------------- some rows at a time
@@ -121,28 +122,21 @@ def in_chunks(function, *tensors, size):
 
     All chunks, on a CPU all but the first, are `checkpointed`: a hidden layer much wider than the input never exists
     whole, and memory grows evenly with the frames. (The first costs a CPU little memory, and saves short clips time.)
+    A graph that is captured whole (torch.export) has all entries at once: it is for any number of them.
     """
+    if torch.compiler.is_compiling():
+        return function(*tensors)
     kept = 1 if tensors[0].device.type == "cpu" else 0
-    count = computed = len(tensors[0])
-    if without_data(tensors[0]):  # one chunk tells what each takes while it is computed
-        computed = min(count, (kept + 1) * size)
-    parts = zip(*(tensor[:computed].split(size) for tensor in tensors))
+    parts = zip(*(tensor.split(size) for tensor in tensors))
     outs = [function(*part) if i < kept else checkpointed(function, *part) for i, part in enumerate(parts)]
-    if computed < count:  # of the others their outputs and gradients will do
-        rest = sum(tensor[computed:, ..., :1] for tensor in tensors).to(outs[0])
-        outs.append(rest.expand(-1, *outs[0].shape[1:]).clone())
     return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-def without_data(x):
-    """Whether x has a shape only: it is on the meta device, or a FakeTensor."""
-    return x.is_meta or not torch.compiler.is_compiling() and x.untyped_storage().device.type == "meta"
 
 
 def checkpointed(function, *args):
     """function(*args), not random; what it computes on the way is computed again in the backward pass, instead of being
     kept, with the parameters as they are then."""
-    if not torch.is_grad_enabled():
+    # torch.func's transforms have no saved tensors that could be recomputed
+    if not torch.is_grad_enabled() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
@@ -159,7 +153,7 @@ def by_positions(function, X, size):
     chunks of `size` positions (None: all at once)."""
     sequences = X.reshape(*X.shape[:2], -1, X.shape[-1]).transpose(1, 2).flatten(0, 1)      # p f c
     out = in_chunks(function, sequences, size=size) if size else function(sequences)
-    return out.unflatten(0, (len(X), -1)).transpose(1, 2).reshape(X.shape)
+    return out.unflatten(0, (X.shape[0], -1)).transpose(1, 2).reshape(X.shape)
 
 
 # ---------------------------------------------------------------------------------------- S4D
@@ -187,11 +181,7 @@ class S4DKernel(nn.Module):
         """L: length in frames -> K (d, L), float32 under autocast too (float64 for float64 parameters); below it that
         of the `others`, of the same state size: together they take no more operations than one."""
         with autocast_off(self.C.device):
-            log_dt, C, log_A_real, A_imag = (at_least_float32(torch.cat(parts)) for parts in zip(
-                *((kernel.log_dt, kernel.C, kernel.log_A_real, kernel.A_imag) for kernel in (self, *others))))
-            A = torch.complex(-log_A_real.exp(), A_imag)                                    # d n
-            dtA = log_dt.exp()[:, None] * A                                                 # d n
-            CB = 2 * torch.view_as_complex(C) * torch.expm1(dtA) / A                        # d n   2 C B̄
+            dtA, CB = self.discretised(*others)
             # With l = a·S + b, exp(ΔA l) = exp(ΔA S)^a · exp(ΔA)^b: two thin factors and a matmul over n, so that
             # the Vandermonde tensor exp(ΔA l), (d, n, L), never exists.
             S = math.isqrt(L - 1) + 1
@@ -200,6 +190,14 @@ class S4DKernel(nn.Module):
             # Σ_n Re(left · right) = Σ_n Re·Re - Im·Im: one real matmul, conjugated above for the sign
             left, right = (torch.view_as_real(factor.resolve_conj()).flatten(2) for factor in (left, right))
             return (left.transpose(0, 1) @ right.permute(1, 2, 0)).flatten(1)[:, :L]        # d L
+
+    def discretised(self, *others):
+        """The zero-order hold -> ΔA, whose exponential is Ā, and 2 C B̄, (d, n) each, then those of the `others`."""
+        log_dt, C, log_A_real, A_imag = (at_least_float32(torch.cat(parts)) for parts in zip(
+            *((kernel.log_dt, kernel.C, kernel.log_A_real, kernel.A_imag) for kernel in (self, *others))))
+        A = torch.complex(-log_A_real.exp(), A_imag)
+        dtA = log_dt.exp()[:, None] * A
+        return dtA, 2 * torch.view_as_complex(C) * torch.expm1(dtA) / A
 
 
 def powers(z, count):
@@ -219,6 +217,7 @@ class DiagonalSSM(nn.Module):
         self.kernel = S4DKernel(d, state_size)
         self.D = nn.Parameter(torch.randn(d))
         self.kept = None  # an impulse response, see `cached_kernels`
+        self.past = None  # the frames before, see `streaming`
 
     def impulse_response(self, L, *others):
         """-> (k, d, L), K of this SSM and k - 1 others with D added at lag 0: convolution with it is K * u + D u."""
@@ -246,6 +245,8 @@ class S4D(DiagonalSSM):
 
 def convolve(u, ssms):
     """K * u + D u of the same u (b, L, ..., d), for each of `ssms` -> list of tensors of u's shape."""
+    if ssms[0].past is not None:
+        return [ssm.past.step(u) for ssm in ssms]
     K = ssms[0].impulse_response(u.shape[1], *ssms[1:])                                     # k d L
     videos = u.reshape(*u.shape[:2], -1, u.shape[-1])                                       # b L p d
     # A GPU's matrix units make the Toeplitz matrix cheap while its d·L² entries fit; on a CPU it pays if frames are
@@ -270,6 +271,59 @@ def cached_kernels(net, L):
             ssm.kept = None
 
 
+@contextlib.contextmanager
+def streaming(net, window=None):
+    """In this context a causal `net` takes one frame at a time, and its SSMs carry those before in a state of fixed
+    size: frame by frame they compute what they would of all frames at once.
+
+        with streaming(net) as advance:
+            y = net(frame)      # as often as wanted: the past is read and stays as it is
+            advance()           # what the last call was given becomes part of the past
+
+    window: of the past only so many frames count; None: all. Raises ValueError if an SSM runs backward in time.
+    """
+    ssms = [module for module in net.modules() if isinstance(module, DiagonalSSM)]
+    if not ssms or any(ssm.reverse for ssm in ssms):
+        raise ValueError("streaming takes a network with SSMs, all of them forward in time")
+    try:
+        with torch.no_grad():
+            for ssm in ssms:
+                ssm.past = Past(ssm, window)
+        yield lambda: [ssm.past.advance() for ssm in ssms]
+    finally:
+        for ssm in ssms:
+            ssm.past = None
+
+
+class Past:
+    """What an SSM remembers of the frames before frame k. Of it y_k takes one multiplication and one addition:
+
+        y_k = K_0 u_k + p_k,    K_0 = 2 Re(C B̄) + D,    p_k = 2 Re(C B̄ Ā s_{k-1})             p_k: b 1 ... d
+        s_k = Ā s_{k-1} + u_k;  with a window of W frames, - Ā^W u_{k-W}                      s_k: b 1 ... d n
+    """
+
+    def __init__(self, ssm, window):
+        dtA, CB = ssm.kernel.discretised()                                                  # d n
+        self.A_bar, self.A_bar_W, self.CBA = dtA.exp(), (dtA * (window or 0)).exp(), CB * dtA.exp()
+        self.K_0 = CB.real.sum(-1) + at_least_float32(ssm.D)                                # d
+        self.s, self.p, self.window, self.inputs = 0, 0, window, collections.deque()
+
+    def step(self, u):
+        if u.shape[1] != 1:
+            raise ValueError(f"{u.shape[1]} frames in one call; streaming takes one at a time")
+        self.u = at_least_float32(u)
+        return (self.K_0 * self.u + self.p).to(u.dtype)
+
+    @torch.no_grad()
+    def advance(self):
+        self.s = self.A_bar * self.s + self.u[..., None]
+        if self.window:
+            self.inputs.append(self.u)
+            if len(self.inputs) > self.window:
+                self.s -= self.A_bar_W * self.inputs.popleft()[..., None]
+        self.p = torch.einsum("...dn,dn->...d", self.s, self.CBA).real
+
+
 def toeplitz_conv(u, K, reverse):
     """Long convolutions of one input: y_k = Σ_{j≤k} K_{k-j} u_j, or backward in time, y_k = Σ_{j≥k} K_{j-k} u_j.
 
@@ -288,13 +342,23 @@ def toeplitz_conv(u, K, reverse):
 class Transpose(torch.autograd.Function):
     """A matrix, and in the backward pass its gradient, transposed in memory: strides alone would cost much more."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x):
+    def forward(x):
         return x.T.contiguous()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass  # a linear function needs nothing of its input
 
     @staticmethod
     def backward(ctx, grad):
         return Transpose.apply(grad)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return Transpose.apply(tangent)
 
 
 def fft_conv(u, K, reverse):
@@ -346,7 +410,7 @@ class S6(nn.Module):
 
     def forward(self, u):
         u = u.flip(1) if self.reverse else u
-        fused = self.has_kernel and u.is_cuda and not without_data(u)
+        fused = self.has_kernel and u.is_cuda
         numbers = 2 ** 19 if u.device.type == "cpu" else 2 ** 27  # in the states that exist at once
         size = None if fused else max(1, numbers // (self.A_log.numel() * u.shape[1]))
         y = by_positions(self.fused if fused else self.scan, u, size)
@@ -355,11 +419,10 @@ class S6(nn.Module):
     def scan(self, u):
         """u: (p, L, d) -> (p, L, d)."""
         with autocast_off(u.device):
-            parameters = self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D
-            U, x_proj, dt_weight, dt_bias, A_log, D = map(at_least_float32, (u.transpose(0, 1), *parameters))
-            U = U.contiguous()                                                              # L p d
-            dt, B, C = F.linear(U, x_proj).split(self.sizes, -1)                            # L p rank, L p N, L p N
-            dt = F.softplus(F.linear(dt, dt_weight, dt_bias))                               # L p d
+            U, A_log, D = map(at_least_float32, (u.transpose(0, 1).contiguous(), self.A_log, self.D))  # U: L p d
+            dt, B, C = self.x_proj(U.to(self.x_proj.weight.dtype)).split(self.sizes, -1)    # L p rank, L p N, L p N
+            dt, B, C = map(at_least_float32, (self.dt_proj(dt), B, C))
+            dt = F.softplus(dt)                                                             # L p d
             A = -torch.exp(A_log.T[:, None])                                                # N 1 d
             h = Recurrence.apply((dt[:, None] * A).exp(), (dt * U)[:, None] * B.mT[..., None])     # L N p d
             y = (h * C.mT[..., None]).sum(1) + D * U                                        # L p d
@@ -368,11 +431,9 @@ class S6(nn.Module):
     def fused(self, u):
         """`scan` by the kernel of mamba-ssm, whose tensors have frames last."""
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # here: not everybody has it
-        dt, B, C = F.linear(u, self.x_proj.weight).split(self.sizes, -1)                    # p L rank, p L N, p L N
-        dt = F.linear(dt, self.dt_proj.weight)                                              # p L d
-        u, dt, B, C = (x.to(u.dtype).mT.contiguous() for x in (u, dt, B, C))                # p d L, p d L, p N L, p N L
-        A, D, bias = -torch.exp(self.A_log.float()), self.D.float(), self.dt_proj.bias.float()
-        return selective_scan_fn(u, dt, A, B, C, D, delta_bias=bias, delta_softplus=True).mT
+        dt, B, C = self.x_proj(u).split(self.sizes, -1)                                     # p L rank, p L N, p L N
+        u, dt, B, C = (x.to(u.dtype).mT.contiguous() for x in (u, self.dt_proj(dt), B, C))  # p d L, p d L, p N L, p N L
+        return selective_scan_fn(u, dt, -torch.exp(self.A_log.float()), B, C, self.D.float(), delta_softplus=True).mT
 
 
 class Recurrence(torch.autograd.Function):
@@ -385,7 +446,7 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b):
         h = b.clone()
-        for k in range(1, 0 if without_data(h) else len(h)):  # no loop where there are only shapes
+        for k in range(1, len(h)):
             h[k].addcmul_(a[k], h[k - 1])
         ctx.save_for_backward(a, h)
         return h
@@ -395,6 +456,6 @@ class Recurrence(torch.autograd.Function):
     def backward(ctx, grad):
         a, h = ctx.saved_tensors
         grad_b = grad.clone()
-        for k in reversed(range(0 if without_data(h) else len(h) - 1)):
+        for k in reversed(range(len(h) - 1)):
             grad_b[k].addcmul_(a[k + 1], grad_b[k + 1])
         return torch.cat([torch.zeros_like(h[:1]), grad_b[1:] * h[:-1]]), grad_b

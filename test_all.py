@@ -231,7 +231,6 @@ def test_reference_lstm(tag, no_norm, monkeypatch):
     assert relative(layer(x) - x, y) < 1e-5  # 45 positions: two chunks
     with torch.autocast("cpu", torch.bfloat16):
         assert relative(layer(x) - x, y) < 2e-2
-    assert layer.to("meta")(x.to("meta")).shape == x.shape
 
 
 def network_name(name):
@@ -307,14 +306,19 @@ def test_s4d_is_the_state_recurrence(L, reverse):
         assert_same_function(y[:, :, 0], expected, [u, *ssm.kernel.parameters(), ssm.D])
 
 
-def test_the_temporal_layer_calls_its_linear_layers():
-    """So that hooks, LoRA and quantisation of them take effect."""
-    layer, called = TemporalSSM(6, state_size=4, mlp_dim=8), set()
-    linear = {module for module in layer.modules() if isinstance(module, torch.nn.Linear)}
-    for module in linear:
-        module.register_forward_hook(lambda module, args, out: called.add(module))
-    layer(torch.randn(2, 3, 6))
-    assert called == linear and len(linear) == 4
+@pytest.mark.parametrize("frames, rows", [(2, 2 ** 12), (3, 2 ** 12), (3, 4)])  # by Toeplitz matrix, by FFT; in chunks
+def test_transforms_and_export(frames, rows, monkeypatch):
+    use_chunks_of(rows, monkeypatch)
+    layer, x = TemporalSSM(4, state_size=4, mlp_dim=6).double(), torch.randn(2, frames, 2, 4, dtype=torch.float64)
+    plain = x.clone().requires_grad_()
+    [gradient] = torch.autograd.grad(layer(plain).square().sum(), plain)
+    assert relative(torch.func.grad(lambda x: layer(x).square().sum())(x), gradient) < 1e-12
+    assert relative(torch.func.vmap(layer)(x[:, None])[:, 0], layer(x)) < 1e-12
+    y, along = torch.func.jvp(layer, (x,), (x,))
+    assert relative(y, layer(x)) < 1e-12 and relative(along, (layer(1.001 * x) - layer(0.999 * x)) / 0.002) < 1e-5
+    exported = torch.export.export(layer, (x,), dynamic_shapes={"X": {0: torch.export.Dim("batch")}})
+    x = torch.randn(5, frames, 2, 4, dtype=torch.float64)
+    assert relative(exported.module()(x), layer(x)) < 1e-12
 
 
 def test_kernels_begin_as_s4d_lin():
@@ -423,11 +427,10 @@ def test_s6_is_the_selective_recurrence(L, reverse, monkeypatch):
 
 def test_s6_by_the_kernel_of_mamba_ssm(monkeypatch):
     """Against a stand-in with its published signature and formula: the layout is what is tested."""
-    def selective_scan_fn(u, delta, A, B, C, D, delta_bias, delta_softplus):
-        assert delta_softplus and A.dtype == D.dtype == delta_bias.dtype == torch.float32
+    def selective_scan_fn(u, delta, A, B, C, D, delta_softplus):
+        assert delta_softplus and A.dtype == D.dtype == torch.float32
         assert all(x.is_contiguous() and x.dtype == u.dtype for x in (u, delta, B, C))
-        dt = F.softplus(delta + delta_bias[:, None])                                                # p d L
-        return selective_recurrence(u.mT, dt.mT, A, B.mT, C.mT, D).mT
+        return selective_recurrence(u.mT, F.softplus(delta).mT, A, B.mT, C.mT, D).mT                # p d L
 
     ssm, u = randomise(s4d.S6(6, state_size=4, dt_rank=2)), torch.randn(3, 11, 6)
     package = types.SimpleNamespace(selective_scan_fn=selective_scan_fn)
@@ -494,7 +497,7 @@ def test_classes_are_added_to_the_time_embedding():
 
 class CudaAutocast(TorchFunctionMode):
     """CUDA's autocast rules, as far as the network meets them, on any device."""
-    HALF = {F.linear, F.conv2d, F.conv3d, F.conv_transpose2d, torch.matmul, torch.Tensor.matmul, torch.bmm,
+    HALF = {F.linear, F.conv1d, F.conv2d, F.conv_transpose2d, torch.matmul, torch.Tensor.matmul, torch.bmm,
             torch.Tensor.__matmul__, torch.baddbmm, torch.einsum, F.scaled_dot_product_attention}
     FULL = {F.group_norm, F.layer_norm, torch.softmax, torch.Tensor.softmax, torch.exp, torch.Tensor.exp, torch.expm1,
             F.softplus, torch.sum, torch.Tensor.sum, torch.rsqrt, torch.Tensor.rsqrt}
@@ -553,6 +556,66 @@ def test_every_network_keeps_shape_and_under_autocast_bfloat16(temporal, rules, 
         assert y.shape == shape and len(dtypes) > 20 and set(dtypes) == {torch.bfloat16} == {y.dtype}
 
 
+@pytest.mark.parametrize("temporal", [*model.TEMPORAL_LAYERS, "mamba s6"])
+def test_every_network_in_every_dtype_by_its_own_layers(temporal):
+    """Every linear layer and convolution is called, so that hooks, LoRA and quantisation of it take effect."""
+    net = UNet3D(UNetConfig(temporal.split()[0], ssm=temporal.split()[-1] if " " in temporal else "s4d", **TINY))
+    layers = {m for m in net.modules() if isinstance(m, (torch.nn.Linear, torch.nn.modules.conv._ConvNd))}
+    called = set()
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, *_: called.add(layer))
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        x = torch.randn(1, 3, 5, 8, 8, dtype=dtype)
+        assert net.to(dtype)(x, torch.tensor([7])).dtype == dtype
+    assert called == layers
+
+
+CAUSAL = [dict(temporal="ssm"), dict(temporal="gss"), dict(temporal="ssm", mlp_position="pre", channel_mults=(1, 2, 2))]
+
+
+def frame_by_frame(net, x, t, window):
+    with s4d.streaming(net, window) as advance:
+        y = []
+        for k in range(x.shape[2]):
+            net(torch.randn_like(x[:, :, :1]), t[:, k])  # reads the past, and leaves it
+            y.append(net(x[:, :, k:k + 1], t[:, k]))
+            advance()
+    return torch.cat(y, 2)
+
+
+@pytest.mark.parametrize("settings", CAUSAL)
+@torch.no_grad()
+def test_frame_by_frame_is_all_at_once(settings):
+    net = randomise(UNet3D(UNetConfig(**TINY | settings, causal=True))).double()
+    for f, windows in ((1, (None, 1)), (2, (None,)), (13, (None, 13)), (60, (60,))):
+        x, t = torch.randn(1, 3, f, 4, 4, dtype=torch.float64), torch.randint(256, (1, f))
+        assert all(relative(frame_by_frame(net, x, t, window), net(x, t)) < 1e-10 for window in windows)
+    net = UNet3D(UNetConfig(**TINY | settings | {"base_channels": 16}, causal=True))
+    x, t = torch.randn(1, 3, 13, 8, 8), torch.randint(256, (1, 13))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative(frame_by_frame(net, x, t, None), net(x, t)) < 2e-2
+
+
+@pytest.mark.parametrize("settings", CAUSAL)
+@pytest.mark.parametrize("f, size", [(5, 8), (80, 8)])  # Toeplitz matrices at the first level, at none
+def test_no_frame_of_a_causal_network_sees_a_later_one(settings, f, size):
+    for causal in (True, False):
+        net = randomise(UNet3D(UNetConfig(**TINY | settings, bidirectional=False, causal=causal))).double()
+        x, t = torch.randn(1, 3, f, size, size, dtype=torch.float64, requires_grad=True), torch.randint(256, (1, f))
+        [gradient] = torch.autograd.grad(net(x, t)[:, :, f // 2].sum(), x)
+        later = gradient[:, :, f // 2 + 1:].abs().max() / gradient.abs().max()
+        assert later < 1e-12 if causal else later > 1e-6
+
+
+def test_one_t_is_that_of_every_frame():
+    for causal in (False, True):
+        net = randomise(UNet3D(UNetConfig(**TINY, causal=causal)))
+        x, t = torch.randn(2, 3, 5, 8, 8), torch.tensor([3, 200])
+        assert relative(net(x, t[:, None].expand(2, 5)), net(x, t)) < 1e-5
+    with pytest.raises(ValueError, match="mamba"):
+        UNetConfig("mamba", causal=True)
+
+
 class Counted(LiveMemory):
     operations = 0
 
@@ -564,7 +627,6 @@ class Counted(LiveMemory):
 @pytest.mark.parametrize("grad_checkpoint, gigabytes, operations", [(False, 55, 18_800), (True, 14, 25_300)])
 def test_a_step_of_the_papers_longest_videos_on_a_gpu(grad_checkpoint, gigabytes, operations, monkeypatch):
     """minerl-400 in bf16, on tensors without data."""
-    monkeypatch.setattr(s4d, "without_data", lambda x: False)  # every chunk
     monkeypatch.setattr(torch, "meta", torch.cpu, raising=False)  # PyTorch 2.5's checkpoint asks for such a module
     with torch.device("meta"):
         net = UNet3D(UNetConfig(), grad_checkpoint)
@@ -738,9 +800,30 @@ def test_v_x0_and_eps_are_each_others_and_losses():
     assert torch.allclose(a.sqrt() * x_t - (1 - a).sqrt() * v, x_0, atol=1e-5)
     assert torch.allclose((1 - a).sqrt() * x_t + a.sqrt() * v, noise, atol=1e-5)
     for process, target in ((process, v), (Diffusion(256), noise)):
-        for kind, expected in (("l2", 4.0), ("l1", 2.0)):
-            loss = process.loss(lambda x, t: target - 2, x_0, t, noise, kind)
-            assert torch.allclose(loss, torch.full((4,), expected), atol=1e-4)
+        loss = process.loss(lambda x, t: target - 2, x_0, t, noise)
+        assert torch.allclose(loss, torch.full((4,), 4.0), atol=1e-4)
+
+
+def test_a_stream_goes_on_and_a_video_does_not_depend_on_its_batch():
+    net, process = UNet3D(UNetConfig(**TINY, causal=True)), Diffusion(20)
+    x_a = torch.rand(1, 3, 2, 8, 8)
+
+    def stream(indices, count, given=None, window=None):
+        with s4d.streaming(net, window) as advance:
+            frames = process.stream(net, advance, (len(indices), 3, 8, 8), sample_generators(0, indices), 3, 0.5, given)
+            video = torch.cat(list(itertools.islice(frames, count)), 2)
+            return video, net.stem_temporal.directions[0].past
+
+    both, past = stream([0, 1], 5, window=3)
+    alone, longer = stream([1], 9, window=3)
+    assert relative(both[1:], alone[:, :, :5]) < 1e-4 and past.s.shape[1:] == longer.s.shape[1:]
+    assert len(past.inputs) == len(longer.inputs) == 3, "the state does not grow"
+    given, _ = stream([1], 4, x_a)
+    assert torch.equal(given[:, :, :2], x_a) and not torch.equal(given[:, :, 2:], stream([1], 4, 1 - x_a)[0][:, :, 2:])
+    with pytest.raises(ValueError, match="forward in time"), s4d.streaming(UNet3D(UNetConfig(**TINY))):
+        pass
+    with pytest.raises(ValueError, match="one at a time"), s4d.streaming(net):
+        net(torch.zeros(1, 3, 2, 8, 8), torch.tensor([0]))
 
 
 def test_guidance_is_one_call_for_both_branches():
