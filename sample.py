@@ -9,18 +9,19 @@
     python sample.py --class Archery --guidance 2                 # of a class, from a checkpoint of train.py --classes
     python sample.py --sampling-steps 50                          # DDIM: 50 network calls instead of 256
 
-Writes NAME.npy, uint8 (num, frames, height, width, 3), which data.py reads; NAME.npy.json, what it was drawn from;
-NAME.gif and NAME.mp4, the first 16 side by side; NAME.png, a row of frames of each; given frames have a white border
-there. Sample i is a function of (checkpoint, seed, i, its given frames): neither the number of processes nor, but for
-the last bits of floating-point sums, the batch size matters. The same command resumes an interrupted one.
+Writes NAME.npy, uint8 (num, frames, height, width, 3), which data.py reads; NAME.npy.json, what it was drawn from; of
+the first 16 side by side NAME.mp4 and NAME.gif (256 frames at most), and NAME.png, a row of frames of each; given
+frames have a white border there. Sample i is a function of (checkpoint, seed, i, its given frames): neither the number
+of processes nor, but for the last bits of floating-point sums, the batch size matters. The same command resumes an
+interrupted one. A causal network (train.py --causal) streams: its frames are written as they come, however many.
 
 Glossary
     b, c, f, h, w   batch, channels, frames, height, width
     x               videos inside the network, float (b, c, f, h, w) in [-1, 1]
-    given           numbers of the frames that are not drawn but taken from a clip, or from the block before
-    x_a             those frames
+    given, x_a      frames that are not drawn but taken from a clip or the block before: their numbers, and themselves
     block           frames that are drawn at once
 """
+import contextlib
 import functools
 import gc
 import hashlib
@@ -46,31 +47,28 @@ from data import DataError, read_json, read_whole_videos, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance
 from memory import sampling_batch
 from model import UNet3D, UNetConfig, compile_tails
-from s4d import S6, cached_kernels
+from s4d import S6, cached_kernels, streaming
 
 ASSET = Path(__file__).resolve().with_name("assets") / "maze64.pt"  # drawn from while there is no run of one's own
 PICTURES = ".gif", ".mp4", ".png"
 
 
-def draw(net, sample, shape, generators, labels=None, guidance=1.0, known=None, blocks=None):
+def draw(net, sample, shape, generators, x_a=None, given=(), blocks=None):
     """Draw one video per generator -> uint8 array (b, f, h, w, 3).
 
-    sample: `Diffusion.sample`, or a functools.partial of it with settings. shape: (c, f, h, w) of a video.
-    labels, guidance: (b,) int, of a network with classes, and the scale of `with_guidance`.
-    known: frames that are not drawn: x_a (b, c, k, h, w) in [-1, 1], and their k numbers.
+    net: (x_t, t) -> output. sample: `Diffusion.sample`, or a functools.partial of it. shape: (c, f, h, w) of a video.
+    x_a, given: frames that are not drawn, (b, c, k, h, w) in [-1, 1], and their k numbers.
     blocks: slices of frames, all of one length, drawn one after another, each with what is there already as given.
     The caller chooses the precision (`autocast`) and may enter `cached_kernels`.
     """
-    denoiser = net if labels is None else with_guidance(net, labels, net.config.classes, guidance)
     device = generators[0].device
-    x, given = torch.zeros(len(generators), *shape, device=device), torch.zeros(shape[1], device=device).bool()
-    if known is not None:
-        x_a, numbers = known
-        x[:, :, numbers], given[numbers] = x_a.to(device), True
+    x, there = torch.zeros(len(generators), *shape, device=device), torch.zeros(shape[1], device=device).bool()
+    if x_a is not None:
+        x[:, :, given], there[given] = x_a, True
     for block in blocks or [slice(0, shape[1])]:
-        part = (x[:, :, block], given[block]) if given[block].any() else None
-        x[:, :, block] = sample(denoiser, x[:, :, block].shape, generators, known=part)
-        given[block] = True
+        known = (x[:, :, block], there[block]) if there[block].any() else None
+        x[:, :, block] = sample(net, x[:, :, block].shape, generators, known=known)
+        there[block] = True
     return to_uint8(x).cpu().numpy()
 
 
@@ -99,13 +97,11 @@ def load_network(ckpt, device="cpu", *, weights="ema"):
     """Rebuild a network with its "ema" or "model" weights -> UNet3D in eval mode. Raises UserError.
     ckpt: what `load_checkpoint` returns or takes."""
     ckpt = ckpt if isinstance(ckpt, dict) else load_checkpoint(ckpt)
-    if weights not in ckpt:
-        raise UserError(f"--weights {weights}: this checkpoint was made for sampling and has its EMA weights only")
     try:
         net = UNet3D(UNetConfig(**ckpt["unet"]))
         net.load_state_dict(ckpt[weights])
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint does not fit this network: {gist(error)}") from None
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"--weights {weights}: the checkpoint has none that fit this network ({gist(error)})") from None
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -118,7 +114,8 @@ def for_sampling(net, device, precision, compiled=False):
                 child.to(torch.bfloat16)
     if compiled:
         compile_tails()
-    return cuda_graphs(net) if compiled and device.type == "cuda" else net
+    graphs = compiled and device.type == "cuda" and not net.config.causal  # a stream's state changes from call to call
+    return cuda_graphs(net) if graphs else net
 
 
 def cuda_graphs(net):
@@ -138,61 +135,62 @@ def cuda_graphs(net):
             graphs[x.shape] = torch.cuda.make_graphed_callables(functools.partial(net), static)
         return graphs[x.shape](*inputs).clone()
 
-    replay.config = net.config
     return replay
 
 
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def grid(videos, given, columns=None, pixels=96):
-    """uint8 (n, f, h, w, 3) -> (f, H, W, 3): side by side in rows, enlarged to about `pixels`, 4 black ones around and
-    between them. The frames numbered in `given` get a white border."""
-    scale = max(1, round(pixels / videos.shape[2]))
-    videos = videos.repeat(scale, axis=2).repeat(scale, axis=3)
-    for i in given:
-        videos[:, i, :2] = videos[:, i, -2:] = videos[:, i, :, :2] = videos[:, i, :, -2:] = 255
-    columns = columns or math.ceil(math.sqrt(len(videos)))
-    tiles = np.pad(videos, ((0, -len(videos) % columns), (0, 0), (4, 0), (4, 0), (0, 0)))
-    canvas = rearrange(tiles, "(rows columns) f h w rgb -> f (rows h) (columns w) rgb", columns=columns)
-    return np.pad(canvas, ((0, 0), (0, 4), (0, 4), (0, 0)))
+def grid(images, marked, columns=None, pixels=96):
+    """uint8 (n, h, w, 3) -> (H, W, 3): side by side in rows, enlarged to about `pixels`, 4 black ones around and
+    between them. marked: n bools, which of them get a white border."""
+    scale = max(1, round(pixels / images.shape[1]))
+    tiles = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    for i in np.flatnonzero(marked):
+        tiles[i, :2] = tiles[i, -2:] = tiles[i, :, :2] = tiles[i, :, -2:] = 255
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    tiles = np.pad(tiles, ((0, -len(tiles) % columns), (4, 0), (4, 0), (0, 0)))
+    canvas = rearrange(tiles, "(rows columns) h w rgb -> (rows h) (columns w) rgb", columns=columns)
+    return np.pad(canvas, ((0, 4), (0, 4), (0, 0)))
+
+
+def grids(videos, given):
+    """One after another the grids of the frames of n videos, uint8 (f, h, w, 3) each; those in `given` are marked."""
+    for i in range(len(videos[0])):
+        yield grid(np.stack([video[i] for video in videos]), [i in given] * len(videos))
 
 
 def save_gif(path, videos, given=(), fps=10):
-    """Write uint8 videos (n, f, h, w, 3) side by side as an endless GIF; the frames numbered in `given` are marked."""
-    frames = [Image.fromarray(frame) for frame in grid(videos, given)]
+    """Write videos, n of uint8 (f, h, w, 3), side by side as an endless GIF of their first 256 frames; the frames
+    numbered in `given` are marked."""
+    frames = map(Image.fromarray, itertools.islice(grids(videos, given), 256))
     with atomic_write(path) as file:
-        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
+        next(frames).save(file, "GIF", save_all=True, append_images=frames, duration=1000 // fps, loop=0)
 
 
 def save_mp4(path, videos, given=(), fps=10):
-    """The same as H.264."""
+    """The same as H.264, all frames."""
     import av  # here, so that train.py and bench.py work without it
 
-    frames = grid(videos, given)
-    height, width = (side // 2 * 2 for side in frames.shape[1:3])  # H.264 wants even ones
+    height, width = (side // 2 * 2 for side in next(grids(videos, given)).shape[:2])  # H.264 wants even ones
     with atomic_write(path) as file, av.open(file, "w", format="mp4") as container:
         # without x264's macroblock tree, and in one thread: else the same frames give other bytes each time
         stream = container.add_stream("libx264", rate=fps, height=height, width=width,
                                       options={"crf": "18", "x264-params": "mbtree=0:threads=1"})
-        for frame in frames[:, :height, :width]:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for frame in grids(videos, given):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame[:height, :width], format="rgb24")))
         container.mux(stream.encode())
 
 
-def save_sheet(path, videos, given, captions):
-    """Write them as a contact sheet, a PNG: a row for each, its caption beside it, of eight evenly spaced frames from
-    the first to the last, under their numbers."""
-    picked = np.linspace(0, videos.shape[1] - 1, min(8, videos.shape[1])).round().astype(int)
-    tiles = grid(videos[:, picked], np.flatnonzero(np.isin(picked, given)), columns=1, pixels=64)[:, :, :-4]
-    text_box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox
-    left, top = 4 + max(int(text_box((0, 0), caption)[2]) for caption in captions), 12
-    sheet = Image.fromarray(np.pad(np.hstack(tiles), ((top, 0), (left, 4), (0, 0))))
-    pen, side = ImageDraw.Draw(sheet), tiles.shape[2]
-    for i, frame in enumerate(picked):
-        pen.text((left + 4 + i * side, 2), str(frame))
-    for i, caption in enumerate(captions):
-        pen.multiline_text((4, top + 2 + i * side), caption)
+def save_sheet(path, videos, given=()):
+    """The same as a PNG: of each video a row of eight frames, evenly spaced from first to last, under their numbers."""
+    length = len(videos[0])
+    picked = np.linspace(0, length - 1, min(8, length)).round().astype(int)
+    tiles = np.concatenate([video[picked] for video in videos])
+    tiles = grid(tiles, [*np.isin(picked, given)] * len(videos), columns=len(picked), pixels=64)
+    sheet = Image.fromarray(np.pad(tiles, ((12, 0), (0, 0), (0, 0))))
+    for x, number in zip(range(4, sheet.width, (sheet.width - 4) // len(picked)), picked):
+        ImageDraw.Draw(sheet).text((x, 2), str(number))
     with atomic_write(path) as file:
         sheet.save(file, "PNG", optimize=True)
 
@@ -209,33 +207,30 @@ def parse_args(argv=None):
     add("--seed", type=non_negative_int, default=0, help="sample i is a function of the seed and i (0)")
     add("--frames", type=positive_int, help="frames per video (as trained)")
     add("--size", type=positive_int, help="height and width (as trained)")
-    add("--sampler", choices=("ddpm", "ddim"), help="ancestral, all steps; or DDIM (ddpm; of assets/, and with "
-        "one of the next two, ddim)")
-    add("--sampling-steps", type=positive_int, help="of ddim (50, of assets/ 25; at most all)")
-    add("--eta", type=zero_to_one, help="of ddim: 0, deterministic, to 1, with the posterior's noise (0, of assets/ 1)")
+    add("--sampler", choices=("ddpm", "ddim"), help="ancestral, all steps (ddpm); or DDIM (of assets/, and streams)")
+    add("--sampling-steps", type=positive_int, help="of DDIM, which they imply (50, of assets/ 25, of streams 16)")
+    add("--eta", type=zero_to_one, help="of DDIM: from 0, no noise, to 1 (0, of assets/ 1, of streams 0.5)")
     add("--class", dest="label", metavar="NAME", help="class to draw (sample i has class i mod their number)")
-    add("--guidance", type=non_negative_float, default=1.0, help="1: none; above 1: stronger "
-        "class, at twice the time; 0: unconditional (1)")
-    add("--condition", type=Path, metavar="CLIP", help="video whose --given frames are kept; of a packed .npy sample i "
-        "takes video i mod their number")
+    add("--guidance", type=non_negative_float, default=1.0, help="above 1: more like the class; 0: of no class (1)")
+    add("--condition", type=Path, metavar="CLIP", help="video, or packed ones, of which --given frames are kept")
     add("--condition-start", type=non_negative_int, default=0, metavar="N", help="the clip's frame that is frame 0 (0)")
     add("--given", metavar="FRAMES", help="frames to keep: a Python slice, 0:8, or several, 0:8,20:24")
-    add("--condition-weight", type=non_negative_float, default=10.0, help="w_r of reconstruction guidance towards "
-        "given frames; 0: the replacement method, in half the time (10)")
+    add("--condition-weight", type=non_negative_float, default=10.0, metavar="W",
+        help="w_r of reconstruction guidance towards given frames; 0: the replacement method, in half the time (10)")
     add("--window", type=positive_int, help="draw so many frames at a time (all at once)")
     add("--overlap", type=positive_int, help="frames that each window shares with the one before (a quarter)")
     add("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the latest (ema)")
     add("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native (auto)")
     add("--compile", action="store_true", help="torch.compile the elementwise work; a CUDA graph on CUDA")
     add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
-    add("--out", type=Path, help=".npy file to write, in a folder that all machines share "
-        "(samples_STEP.npy beside the checkpoint, or with a number; of assets/ in out/)")
+    add("--out", type=Path, help=".npy file to write, on a disk that all machines share (samples_STEP.npy beside CKPT)")
     args = parser.parse_args(argv)
     if args.ckpt is None:
         args.ckpt = max(Path("out").glob("**/ckpt.pt"), key=os.path.getmtime, default=ASSET)
     elif args.ckpt.is_dir():
         args.ckpt /= "ckpt.pt"
     args.asset = args.ckpt.resolve().parent == ASSET.parent
+    args.num = args.num or (4 if args.asset else 16)
     if args.sampler == "ddpm" and (args.sampling_steps or args.eta is not None):
         parser.error("--sampling-steps and --eta go with --sampler ddim; ddpm takes all steps")
     for flag, needs in [("condition", "given"), ("given", "condition"), ("condition_start", "condition"),
@@ -247,28 +242,31 @@ def parse_args(argv=None):
     return args
 
 
-def complete(args, ckpt, net):
-    """Give the flags that were left out the values that the checkpoint decides. Raises UserError for what it cannot."""
-    config, factor = ckpt["config"], 2 ** len(net.config.channel_mults) // 2
-    args.frames, args.size, args.num = (args.frames or config["frames"], args.size or config["size"],
-                                        args.num or (4 if args.asset else 16))
-    if args.sampler is None:
-        ddim = args.asset or args.sampling_steps or args.eta is not None
-        args.sampler = "ddim" if ddim else "ddpm"
+def complete(args, config, network):
+    """Give flags that were left out the values that go with a checkpoint. network: its UNetConfig. Raises UserError."""
+    args.frames, args.size = args.frames or config["frames"], args.size or config["size"]
+    if not args.sampler:
+        implied = args.asset or network.causal or args.sampling_steps or args.eta is not None
+        args.sampler = "ddim" if implied else "ddpm"
     if args.sampler == "ddim":
-        steps, eta = (25, 1.0) if args.asset else (50, 0.0)
+        steps, eta = (16, 0.5) if network.causal else (25, 1.0) if args.asset else (50, 0.0)
         args.sampling_steps = min(args.sampling_steps or steps, config["diffusion_steps"])
         args.eta = eta if args.eta is None else args.eta
-    if args.size % factor:
-        raise UserError(f"--size {args.size}: this network needs a size divisible by {factor}")
-    classes = config["classes"] or []
-    if args.label and args.label not in classes or args.guidance != 1 and not classes:
-        flag = f"--class {args.label}" if args.label else f"--guidance {args.guidance:g}"
-        raise UserError(f"{flag}: expected a class of {args.ckpt}, "
-                        + (f"such as {', '.join(classes[:10])}" if classes else "which has none (train.py --classes)"))
+    if network.causal and (args.window or args.sampler == "ddpm"):
+        raise UserError("a causal network draws frame by frame, by DDIM: leave out --sampler ddpm and --window")
+    halvings = len(network.channel_mults) - 1
+    if args.size % 2 ** halvings:
+        raise UserError(f"--size {args.size}: this network needs a size divisible by {2 ** halvings}")
+    if args.size != config["size"]:
+        rank_zero_print(f"warning: trained on {config['size']}x{config['size']}, to draw {args.size}x{args.size}")
+    if args.label and args.label not in (config["classes"] or ()):
+        known = ", ".join(config["classes"] or ["no classes"])[:200]
+        raise UserError(f"--class {args.label}: this network was trained on {known}")
+    if args.guidance != 1 and not config["classes"]:
+        raise UserError(f"--guidance {args.guidance:g} is towards a class; this network was trained without classes")
 
 
-def read_condition(args):
+def read_condition(args, trained_stride):
     """--condition and --given -> the given frames' numbers, sorted, and these frames of each clip, uint8 (given, h, w,
     3). Raises UserError or DataError."""
     numbers = set()
@@ -285,17 +283,27 @@ def read_condition(args):
     if min(map(len, clips)) <= max(numbers):
         raise UserError(f"--given {args.given}: {args.condition} has only {min(map(len, clips))} frames from "
                         f"--condition-start {args.condition_start} on")
+    is_array = args.condition.suffix.lower() == ".npy"  # without an index it may be of any stride
+    stride = read_json(args.condition.with_suffix(".json")).get("stride", trained_stride) if is_array else 1
+    if stride != trained_stride:
+        rank_zero_print(f"warning: trained with --stride {trained_stride}, to continue {args.condition} of stride "
+                        f"{stride}; data.py --stride packs a clip like those")
     return sorted(numbers), [torch.from_numpy(clip[sorted(numbers)]) for clip in clips]
 
 
-def plan_blocks(args, given):
-    """-> the blocks of `draw`, without those whose frames are all given. Raises UserError."""
-    window = args.window or args.frames
+def plan_blocks(args, given, trained_frames, causal):
+    """-> the blocks of `draw`, or of a stream's single frames, without those that are given. Raises UserError."""
+    window = 1 if causal else args.window or args.frames
     overlap = args.overlap or min(max(1, window // 4), window - 1)
     if window > args.frames:
-        raise UserError(f"--window {window}: expected at most the {args.frames} frames of a video (see --frames)")
+        raise UserError(f"--window {window}: expected at most the video's {args.frames} frames")
     if overlap >= window:
         raise UserError(f"--overlap {overlap}: expected fewer than the {window} frames of --window")
+    if causal and given != [*range(len(given))]:
+        raise UserError(f"--given {args.given}: a causal network continues what is given, from frame 0 on, as in 0:8")
+    if window > trained_frames:
+        rank_zero_print(f"warning: trained on {trained_frames} frames, to draw {window} at once; --window "
+                        f"{trained_frames} draws long videos by blocks")
     # the last one begins earlier, so as to be whole
     starts = [min(start, args.frames - window) for start in range(0, args.frames - overlap, window - overlap)]
     return [slice(start, start + window) for start in starts if not {*range(start, start + window)} <= {*given}]
@@ -311,109 +319,60 @@ def main():
     device = choose_device(args.device)
     args.precision = choose_precision(device, args.precision)
     ckpt = load_checkpoint(args.ckpt)
-    net = load_network(ckpt, device, weights=args.weights)
-    complete(args, ckpt, net)
-    classes = ckpt["config"]["classes"]
+    net, config = load_network(ckpt, device, weights=args.weights), ckpt["config"]
+    causal, classes = net.config.causal, config["classes"]
+    complete(args, config, net.config)
     labels = [args.label or classes[i % len(classes)] for i in range(args.num)] if classes else None
-    given, clips = read_condition(args) if args.given else ([], [])
-    blocks = plan_blocks(args, given)
+    given, clips = read_condition(args, config.get("data_stride", 1)) if args.given else ([], [])
+    blocks = plan_blocks(args, given, config["frames"], causal)
 
-    # ---- NAME.npy.json says all that shapes the samples, and so whose they are
+    # ---- NAME.npy.json says all that shapes the samples: by it the same command finds its file
     free = "ckpt", "asset", "batch_size", "compile", "out"
     request = {name: value for name, value in vars(args).items() if name not in free} | {
         "step": ckpt["step"], "device": device.type, "weights_sha256": digest(net.state_dict().values()),
         "labels": labels, "condition": args.condition and args.condition.name, "condition_sha256": digest(clips)}
-    request = json.dumps(request, indent=1).encode()
     join_processes()
     agree(request, "the processes read different checkpoints; start again once it is no longer being written")
-    out, parts = rank_zero_first(functools.partial(claim_output, args, ckpt["step"], request))
+    out, parts = rank_zero_first(functools.partial(claim_output, args, request))
     if out.exists():
         return rank_zero_print(f"{out} is there already, drawn by this same command; delete it to draw it again")
 
     # ---- the processes take batches in turn; an interrupted one is drawn again whole
     window = blocks[0].stop - blocks[0].start
-    by_gradient = args.condition_weight > 0 and bool(given or len(blocks) > 1)
+    by_gradient = args.condition_weight > 0 and not causal and (bool(given) or len(blocks) > 1)
     shape = 1 if args.guidance == 1 else 2, 3, window, args.size, args.size
-    size = args.batch_size or min(gather(sampling_batch(net, shape, device, args.precision, by_gradient)))
-    size = min(size, math.ceil(args.num / world_size))
+    fitting = args.batch_size or min(gather(sampling_batch(net, shape, device, args.precision, by_gradient)))
+    args.batch_size = min(fitting, math.ceil(args.num / world_size))
+    rank_zero_print(", ".join(f"{name} {value}" for name, value in vars(args).items() if value is not None))
     files = [parts / f"{i:07d}" for i in range(args.num)]
-    batches = [range(first, min(first + size, args.num)) for first in range(0, args.num, size)]
+    batches = [range(args.num)[first:first + args.batch_size] for first in range(0, args.num, args.batch_size)]
     mine = [batch for batch in batches[rank::world_size] if not all(files[i].exists() for i in batch)]
-    announce(args, ckpt, blocks, f"{size} at a time by {world_size} x {device.type}")
 
     network = for_sampling(net, device, args.precision, args.compile)
     # where there is no terminal the bars, which tell the time left, come once a minute
     bar = functools.partial(tqdm, disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 60)
-    diffusion = Diffusion(ckpt["config"]["diffusion_steps"], device, ckpt["config"]["prediction"])
+    diffusion = Diffusion(config["diffusion_steps"], device, config["prediction"])
     sample = functools.partial(diffusion.sample, progress=functools.partial(bar, unit="step", leave=False),
                                steps=args.sampling_steps, eta=args.eta, weight=args.condition_weight)
     with autocast(device, args.precision), cached_kernels(net, window):
         for batch in bar(mine, unit="batch"):
             generators = sample_generators(args.seed, batch, device)
             numbers = torch.tensor([classes.index(labels[i]) for i in batch], device=device) if classes else None
-            known = (to_float(torch.stack([clips[i % len(clips)] for i in batch])), given) if given else None
-            videos = draw(network, sample, (3, args.frames, args.size, args.size), generators, numbers, args.guidance,
-                          known, blocks)
-            for i, video in zip(batch, videos):
-                with atomic_write(files[i]) as file:
-                    file.write(video.data)
+            denoiser = with_guidance(network, numbers, len(classes), args.guidance) if classes else network
+            x_a = to_float(torch.stack([clips[i % len(clips)] for i in batch])).to(device) if given else None
+            if causal:
+                with streaming(net) as advance:
+                    frames = diffusion.stream(denoiser, advance, (len(batch), 3, args.size, args.size), generators,
+                                              args.sampling_steps, args.eta, x_a)
+                    frames = bar(itertools.islice(frames, args.frames), total=args.frames, unit="frame", leave=False)
+                    write_samples([files[i] for i in batch], (to_uint8(frame).cpu().numpy() for frame in frames))
+            else:
+                videos = draw(denoiser, sample, (3, args.frames, args.size, args.size), generators, x_a, given, blocks)
+                write_samples([files[i] for i in batch], [videos])
     barrier()
     if rank == 0:
-        captions = [f"sample {i}" + (f"\n{labels[i]}" if labels else "") + (f"\ngiven {args.given}" if given else "")
-                    for i in range(min(16, args.num))]
-        write_files(out, files, (args.frames, args.size, args.size, 3), given, captions)
+        write_results(out, files, (args.frames, args.size, args.size, 3), given)
         shutil.rmtree(parts)
-        rank_zero_print(f"wrote {out.absolute()}, and beside it pictures: {', '.join(PICTURES)}")
-
-
-def claim_output(args, step, request):
-    """-> the .npy file to write, and a folder for its samples until all are drawn. The file is --out, or the first of
-    samples_STEP.npy, samples_STEP_2.npy, ... that no other samples have; from now on its NAME.npy.json says that it is
-    this request's. Raises UserError."""
-    folder, stem = Path("out") / args.ckpt.stem if args.asset else args.ckpt.parent, f"samples_{step:07d}"
-    for number in itertools.count(1):
-        out = args.out or folder / (f"{stem}.npy" if number == 1 else f"{stem}_{number}.npy")
-        about, parts = out.with_name(f"{out.name}.json"), out.with_name(f".{out.name}.parts")
-        taken = [file for file in (about, out, *map(out.with_suffix, PICTURES)) if file.exists()]
-        if not taken:
-            shutil.rmtree(parts, ignore_errors=True)  # whatever it holds is older
-            parts.mkdir(parents=True)
-            with atomic_write(about) as file:
-                file.write(request)
-        if not taken or about.exists() and about.read_bytes() == request:
-            parts.mkdir(exist_ok=True)
-            return out, parts
-        if args.out:
-            raise UserError(f"{taken[0]} belongs to other samples; delete it or choose another --out")
-
-
-def announce(args, ckpt, blocks, batches):
-    """Print what is drawn from what, and warn of what the network was not trained for."""
-    config, window = ckpt["config"], blocks[0].stop - blocks[0].start
-    if args.asset:
-        rank_zero_print("drawing from the small network that comes with the code; python train.py --preset tiny trains "
-                        "your own")
-    rank_zero_print(f"{args.ckpt}: step {ckpt['step']}, {args.weights} weights; {plural(args.num, 'video')} of "
-        f"{plural(args.frames, 'frame')}, {args.size}x{args.size}, {batches}; "
-        f"{args.sampler}, {plural(args.sampling_steps or config['diffusion_steps'], 'step')}, seed {args.seed}"
-        + (f"; class {args.label or 'in turn'}, guidance {args.guidance:g}" if config["classes"] else "")
-        + (f"; frames {args.given} of {args.condition} given" if args.given else "")
-        + (f"; {len(blocks)} blocks of {window} frames" if len(blocks) > 1 else ""))
-    if window > config["frames"] or args.size != config["size"]:
-        rank_zero_print(f"warning: trained on {config['frames']} frames, {config['size']}x{config['size']}, to draw "
-            f"{window}, {args.size}x{args.size}, at once"
-            + (f"; --window {config['frames']} draws long videos by blocks" if window > config["frames"] else ""))
-    if args.condition:
-        trained = config.get("data_stride", 1)
-        is_array = args.condition.suffix.lower() == ".npy"  # without an index it may be of any stride
-        stride = read_json(args.condition.with_suffix(".json")).get("stride", trained) if is_array else 1
-        if stride != trained:
-            rank_zero_print(f"warning: trained on clips of --stride {trained}, to continue {args.condition} of stride "
-                            f"{stride}; python data.py --stride packs a clip like those")
-
-
-def plural(number, noun):
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def digest(tensors):
@@ -421,18 +380,49 @@ def digest(tensors):
     return hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
-def write_files(out, files, shape, given, captions):
-    """Make the array and its pictures of the samples' files, each with the frames of one video of this shape."""
-    videos = np.stack([np.memmap(file, np.uint8, "r", shape=shape) for file in files[:16]])
-    save_gif(out.with_suffix(".gif"), videos, given)
-    save_mp4(out.with_suffix(".mp4"), videos, given)
-    save_sheet(out.with_suffix(".png"), videos, given, captions)
+def claim_output(args, request):
+    """-> the .npy file to write, and a folder for its samples until all are drawn. The file is --out, or the first of
+    samples_STEP.npy, samples_STEP_2.npy, ... that no other samples have; its NAME.npy.json is the request from now on.
+    Raises UserError."""
+    folder = Path("out") / args.ckpt.stem if args.asset else args.ckpt.parent
+    text, stem = json.dumps(request, indent=1).encode(), f"samples_{request['step']:07d}"
+    for number in itertools.count(1):
+        out = args.out or folder / (f"{stem}.npy" if number == 1 else f"{stem}_{number}.npy")
+        about, parts = out.with_name(f"{out.name}.json"), out.with_name(f".{out.name}.parts")
+        taken = [file for file in (about, out, *map(out.with_suffix, PICTURES)) if file.exists()]
+        if not taken:
+            shutil.rmtree(parts, ignore_errors=True)  # it is older
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(about) as file:
+                file.write(text)
+        if not taken or about.exists() and about.read_bytes() == text:
+            parts.mkdir(exist_ok=True)
+            return out, parts
+        if args.out:
+            raise UserError(f"{taken[0]} belongs to other samples; delete it or choose another --out")
+
+
+def write_samples(files, blocks):
+    """Write each sample to its file, as the blocks of their frames come, uint8 (b, f, h, w, 3) each."""
+    with contextlib.ExitStack() as stack:
+        samples = [stack.enter_context(atomic_write(file)) for file in files]
+        for block in blocks:
+            for sample, frames in zip(samples, block):
+                sample.write(frames.data)
+
+
+def write_results(out, files, shape, given):
+    """Make the array and its pictures of the samples' files. shape: (f, h, w, 3) of each."""
+    videos = [np.memmap(file, np.uint8, "r", shape=shape) for file in files[:16]]
+    for save, suffix in zip((save_gif, save_mp4, save_sheet), PICTURES):
+        save(out.with_suffix(suffix), videos, given)
     with atomic_write(out) as array:  # comes last: that it exists says that all is there
-        np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False,
-                                                     "shape": (len(files), *shape)})
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
+        np.lib.format.write_array_header_1_0(array, header)
         for file in files:
             with open(file, "rb") as video:
                 shutil.copyfileobj(video, array)
+    rank_zero_print(f"wrote {out.absolute()}, and beside it pictures: {', '.join(PICTURES)}")
 
 
 if __name__ == "__main__":
