@@ -243,7 +243,8 @@ def parse_args(argv=None):
 
 
 def complete(args, config, network):
-    """Give flags that were left out the values that go with a checkpoint. network: its UNetConfig. Raises UserError."""
+    """Give flags that were left out the values that go with a checkpoint's config and its network's -> the samples'
+    classes by name, or None. Raises UserError."""
     args.frames, args.size = args.frames or config["frames"], args.size or config["size"]
     if not args.sampler:
         implied = args.asset or network.causal or args.sampling_steps or args.eta is not None
@@ -254,28 +255,27 @@ def complete(args, config, network):
         args.eta = eta if args.eta is None else args.eta
     if network.causal and (args.window or args.sampler == "ddpm"):
         raise UserError("a causal network draws frame by frame, by DDIM: leave out --sampler ddpm and --window")
-    halvings = len(network.channel_mults) - 1
-    if args.size % 2 ** halvings:
-        raise UserError(f"--size {args.size}: this network needs a size divisible by {2 ** halvings}")
-    if args.size != config["size"]:
-        rank_zero_print(f"warning: trained on {config['size']}x{config['size']}, to draw {args.size}x{args.size}")
-    if args.label and args.label not in (config["classes"] or ()):
-        known = ", ".join(config["classes"] or ["no classes"])[:200]
+    divisor, trained_size, classes = 2 ** (len(network.channel_mults) - 1), config["size"], config["classes"]
+    if args.size % divisor:
+        raise UserError(f"--size {args.size}: this network needs a size divisible by {divisor}")
+    if args.size != trained_size:
+        rank_zero_print(f"warning: trained on {trained_size}x{trained_size}, to draw {args.size}x{args.size}")
+    if args.label and args.label not in (classes or ()):
+        known = ", ".join(classes[:10]) if classes else "no classes"
         raise UserError(f"--class {args.label}: this network was trained on {known}")
-    if args.guidance != 1 and not config["classes"]:
+    if args.guidance != 1 and not classes:
         raise UserError(f"--guidance {args.guidance:g} is towards a class; this network was trained without classes")
+    return [args.label or classes[i % len(classes)] for i in range(args.num)] if classes else None
 
 
 def read_condition(args, trained_stride):
     """--condition and --given -> the given frames' numbers, sorted, and these frames of each clip, uint8 (given, h, w,
     3). Raises UserError or DataError."""
-    numbers = set()
     try:
-        for part in args.given.split(","):
-            start, stop, *step = (int(bound) if bound else None for bound in part.split(":"))
-            numbers.update(range(args.frames)[slice(start, stop, *step)])
+        slices = [[int(bound) if bound else None for bound in part.split(":")] for part in args.given.split(",")]
+        numbers = sorted({i for start, stop, *step in slices for i in range(args.frames)[slice(start, stop, *step)]})
     except (TypeError, ValueError):
-        numbers.clear()
+        numbers = []
     if not 0 < len(numbers) < args.frames:
         raise UserError(f"--given {args.given}: expected a slice such as 0:8, or several, 0:8,20:24, of some, but not "
                         f"all, of the {args.frames} frames that a video has here (see --frames)")
@@ -288,7 +288,7 @@ def read_condition(args, trained_stride):
     if stride != trained_stride:
         rank_zero_print(f"warning: trained with --stride {trained_stride}, to continue {args.condition} of stride "
                         f"{stride}; data.py --stride packs a clip like those")
-    return sorted(numbers), [torch.from_numpy(clip[sorted(numbers)]) for clip in clips]
+    return numbers, [torch.from_numpy(clip[numbers]) for clip in clips]
 
 
 def plan_blocks(args, given, trained_frames, causal):
@@ -321,8 +321,7 @@ def main():
     ckpt = load_checkpoint(args.ckpt)
     net, config = load_network(ckpt, device, weights=args.weights), ckpt["config"]
     causal, classes = net.config.causal, config["classes"]
-    complete(args, config, net.config)
-    labels = [args.label or classes[i % len(classes)] for i in range(args.num)] if classes else None
+    labels = complete(args, config, net.config)
     given, clips = read_condition(args, config.get("data_stride", 1)) if args.given else ([], [])
     blocks = plan_blocks(args, given, config["frames"], causal)
 
@@ -396,7 +395,6 @@ def claim_output(args, request):
             with atomic_write(about) as file:
                 file.write(text)
         if not taken or about.exists() and about.read_bytes() == text:
-            parts.mkdir(exist_ok=True)
             return out, parts
         if args.out:
             raise UserError(f"{taken[0]} belongs to other samples; delete it or choose another --out")
@@ -404,6 +402,7 @@ def claim_output(args, request):
 
 def write_samples(files, blocks):
     """Write each sample to its file, as the blocks of their frames come, uint8 (b, f, h, w, 3) each."""
+    files[0].parent.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         samples = [stack.enter_context(atomic_write(file)) for file in files]
         for block in blocks:

@@ -1250,7 +1250,7 @@ def test_sample_writes_what_data_reads(small_checkpoint, tmp_path, monkeypatch, 
     # the same command again draws nothing; with other settings it has another name, unless one is given
     run_sample(monkeypatch, "--ckpt", "out/a run", "--num", 2, "--batch-size", 2)
     run_sample(monkeypatch, "--num", 3, "--batch-size", 1, "--frames", 9, "--size", 16)
-    assert {*path.parent.glob("*.npy")} == {path, path.with_stem("samples_0000001_2")}
+    assert {*path.parent.glob("*.npy")} == {path, path.with_stem("samples_0000001_2")} and not [*path.parent.glob(".*")]
     assert_drawn(path.with_stem("samples_0000001_2"), small_checkpoint, Diffusion(4).sample)
     with pytest.raises(UserError, match="belongs to other samples"):
         run_sample(monkeypatch, "--num", 3, "--out", path)
@@ -1382,7 +1382,7 @@ def test_a_causal_network_streams(tmp_path, monkeypatch):
     """Into files, what the library streams: after the given frames as many as asked for."""
     monkeypatch.chdir(tmp_path)
     net, clip = sample.load_network(save_checkpoint(tmp_path / "ckpt.pt", "--causal")), write_npy(Path("clip.npy"), 9)
-    x_a = data.to_float(torch.from_numpy(np.load(clip)[None, 2:4]))
+    x_a = data.to_float(torch.from_numpy(np.load(clip)[2:4])).expand(2, -1, -1, -1, -1)
     flags, condition = ["--ckpt", tmp_path, "--num", 2, "--frames", 7, "--out"], ["--condition", clip, "--given"]
     for given, begin in [(None, []), (x_a, [*condition, "0:2", "--condition-start", 2])]:
         run_sample(monkeypatch, *flags, f"{len(begin)}.npy", *begin)
