@@ -7,22 +7,25 @@
     python sample.py --condition clip.mp4 --given 0:4,12:16       # what may have happened in between
     python sample.py --frames 1000 --window 64 --overlap 16       # blocks of 64, each from the 16 frames before it
     python sample.py --class Archery --guidance 2                 # of a class, from a checkpoint of train.py --classes
-    python sample.py --sampler ddim --sampling-steps 50           # DDIM: 50 network calls instead of 256
+    python sample.py --sampling-steps 50                          # DDIM: 50 network calls instead of 256
 
-Writes NAME.npy, uint8 (num, frames, height, width, 3), which data.py reads; NAME.npy.json, what it was drawn from;
-NAME.gif and NAME.mp4, the first 16 side by side; NAME.png, a row of frames of each; given frames have a white border
-there. Sample i is a function of (checkpoint, seed, i, its given frames): neither the number of processes nor, but for
-the last bits of floating-point sums, the batch size matters. The same command resumes an interrupted one.
+Writes NAME.npy, uint8 (num, frames, height, width, 3), which data.py reads; NAME.npy.json, what it was drawn from; of
+the first 16 side by side NAME.mp4 and NAME.gif (256 frames at most), and NAME.png, a row of frames of each; given
+frames have a white border there. Sample i is a function of (checkpoint, seed, i, its given frames): neither the number
+of processes nor, but for the last bits of floating-point sums, the batch size matters. The same command resumes an
+interrupted one. A causal network (train.py --causal) streams: its frames are written as they come, however many.
 
 Glossary
     b, c, f, h, w   batch, channels, frames, height, width
     x               videos inside the network, float (b, c, f, h, w) in [-1, 1]
-    given           frames that are not drawn but taken from a clip, or from the block before
+    given, x_a      frames that are not drawn but taken from a clip or the block before: their numbers, and themselves
     block           frames that are drawn at once
 """
+import contextlib
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -39,35 +42,33 @@ from tqdm import tqdm
 
 from command import (Parser, UserError, agree, atomic_write, autocast, barrier, choose_device, choose_precision, gather,
                      gist, join_processes, non_negative_float, non_negative_int, positive_int, processes,
-                     rank_zero_print, run, zero_to_one)
-from data import DataError, read_whole_videos, to_float, to_uint8
+                     rank_zero_first, rank_zero_print, run, zero_to_one)
+from data import DataError, read_json, read_whole_videos, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance
 from memory import sampling_batch
 from model import UNet3D, UNetConfig, compile_tails
-from s4d import S6, cached_kernels
+from s4d import S6, cached_kernels, streaming
 
 ASSET = Path(__file__).resolve().with_name("assets") / "maze64.pt"  # drawn from while there is no run of one's own
 PICTURES = ".gif", ".mp4", ".png"
 
 
-def draw(net, sample, shape, generators, labels=None, guidance=1.0, known=None, blocks=None):
+def draw(net, sample, shape, generators, x_a=None, given=(), blocks=None):
     """Draw one video per generator -> uint8 array (b, f, h, w, 3).
 
-    sample: `Diffusion.sample`, or a functools.partial of it with settings. shape: (c, f, h, w) of a video.
-    labels, guidance: (b,) int, of a network with classes, and the scale of `with_guidance`.
-    known: frames that are not drawn: x_a (b, c, f, h, w) in [-1, 1], and given (f,), whether a frame is that of x_a.
+    net: (x_t, t) -> output. sample: `Diffusion.sample`, or a functools.partial of it. shape: (c, f, h, w) of a video.
+    x_a, given: frames that are not drawn, (b, c, k, h, w) in [-1, 1], and their k numbers.
     blocks: slices of frames, all of one length, drawn one after another, each with what is there already as given.
     The caller chooses the precision (`autocast`) and may enter `cached_kernels`.
     """
-    denoiser = net if labels is None else with_guidance(net, labels, net.config.classes, guidance)
     device = generators[0].device
-    x, given = torch.zeros(len(generators), *shape, device=device), torch.zeros(shape[1], device=device).bool()
-    if known is not None:
-        x, given = known[0].clone(), known[1].clone()
+    x, there = torch.zeros(len(generators), *shape, device=device), torch.zeros(shape[1], device=device).bool()
+    if x_a is not None:
+        x[:, :, given], there[given] = x_a, True
     for block in blocks or [slice(0, shape[1])]:
-        part = (x[:, :, block], given[block]) if given[block].any() else None
-        x[:, :, block] = sample(denoiser, x[:, :, block].shape, generators, known=part)
-        given[block] = True
+        known = (x[:, :, block], there[block]) if there[block].any() else None
+        x[:, :, block] = sample(net, x[:, :, block].shape, generators, known=known)
+        there[block] = True
     return to_uint8(x).cpu().numpy()
 
 
@@ -75,8 +76,11 @@ def draw(net, sample, shape, generators, labels=None, guidance=1.0, known=None, 
 
 
 def load_checkpoint(path):
-    """Map a checkpoint into memory, without running any code that might be in it -> dict, as train.py saved it.
-    Raises UserError, or OSError if it cannot be read."""
+    """Map a checkpoint, or a run's folder's, into memory, without running any code that might be in it -> dict, as
+    train.py saved it. Raises UserError, or OSError if it cannot be read."""
+    path = Path(path)
+    if path.is_dir():
+        path /= "ckpt.pt"
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if {"step", "config", "unet", "ema"} <= ckpt.keys():
@@ -84,18 +88,20 @@ def load_checkpoint(path):
     except Exception as error:  # torch raises all sorts for other files
         if isinstance(error, OSError):
             raise
-    raise UserError(f"{path} is no checkpoint of train.py, is damaged, or holds code, which is never run")
+    spare = path.with_name("ckpt_previous.pt")
+    raise UserError(f"{path} is no checkpoint of train.py, is damaged, or holds code, which is never run"
+                    + (f"; the one before it is {spare}" if spare.is_file() and spare != path else ""))
 
 
-def load_network(ckpt, weights="ema", device="cpu"):
-    """Rebuild a network with its checkpoint's "ema" or "model" weights -> UNet3D in eval mode. Raises UserError."""
-    if weights not in ckpt:
-        raise UserError(f"--weights {weights}: this checkpoint was made for sampling and has its EMA weights only")
+def load_network(ckpt, device="cpu", *, weights="ema"):
+    """Rebuild a network with its "ema" or "model" weights -> UNet3D in eval mode. Raises UserError.
+    ckpt: what `load_checkpoint` returns or takes."""
+    ckpt = ckpt if isinstance(ckpt, dict) else load_checkpoint(ckpt)
     try:
         net = UNet3D(UNetConfig(**ckpt["unet"]))
         net.load_state_dict(ckpt[weights])
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"the checkpoint does not fit this network: {gist(error)}") from None
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"--weights {weights}: the checkpoint has none that fit this network ({gist(error)})") from None
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -108,7 +114,8 @@ def for_sampling(net, device, precision, compiled=False):
                 child.to(torch.bfloat16)
     if compiled:
         compile_tails()
-    return cuda_graphs(net) if compiled and device.type == "cuda" else net
+    graphs = compiled and device.type == "cuda" and not net.config.causal  # a stream's state changes from call to call
+    return cuda_graphs(net) if graphs else net
 
 
 def cuda_graphs(net):
@@ -128,61 +135,62 @@ def cuda_graphs(net):
             graphs[x.shape] = torch.cuda.make_graphed_callables(functools.partial(net), static)
         return graphs[x.shape](*inputs).clone()
 
-    replay.config = net.config
     return replay
 
 
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def grid(videos, given, columns=None, pixels=96):
-    """uint8 (n, f, h, w, 3) -> (f, H, W, 3): side by side in rows, enlarged to about `pixels`, 4 black ones around and
-    between them. The frames numbered in `given` get a white border."""
-    scale = max(1, round(pixels / videos.shape[2]))
-    videos = videos.repeat(scale, axis=2).repeat(scale, axis=3)
-    for i in given:
-        videos[:, i, :2] = videos[:, i, -2:] = videos[:, i, :, :2] = videos[:, i, :, -2:] = 255
-    columns = columns or math.ceil(math.sqrt(len(videos)))
-    tiles = np.pad(videos, ((0, -len(videos) % columns), (0, 0), (4, 0), (4, 0), (0, 0)))
-    canvas = rearrange(tiles, "(rows columns) f h w rgb -> f (rows h) (columns w) rgb", columns=columns)
-    return np.pad(canvas, ((0, 0), (0, 4), (0, 4), (0, 0)))
+def grid(images, marked, columns=None, pixels=96):
+    """uint8 (n, h, w, 3) -> (H, W, 3): side by side in rows, enlarged to about `pixels`, 4 black ones around and
+    between them. marked: n bools, which of them get a white border."""
+    scale = max(1, round(pixels / images.shape[1]))
+    tiles = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    for i in np.flatnonzero(marked):
+        tiles[i, :2] = tiles[i, -2:] = tiles[i, :, :2] = tiles[i, :, -2:] = 255
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    tiles = np.pad(tiles, ((0, -len(tiles) % columns), (4, 0), (4, 0), (0, 0)))
+    canvas = rearrange(tiles, "(rows columns) h w rgb -> (rows h) (columns w) rgb", columns=columns)
+    return np.pad(canvas, ((0, 4), (0, 4), (0, 0)))
+
+
+def grids(videos, given):
+    """One after another the grids of the frames of n videos, uint8 (f, h, w, 3) each; those in `given` are marked."""
+    for i in range(len(videos[0])):
+        yield grid(np.stack([video[i] for video in videos]), [i in given] * len(videos))
 
 
 def save_gif(path, videos, given=(), fps=10):
-    """Write uint8 videos (n, f, h, w, 3) side by side as an endless GIF; the frames numbered in `given` are marked."""
-    frames = [Image.fromarray(frame) for frame in grid(videos, given)]
+    """Write videos, n of uint8 (f, h, w, 3), side by side as an endless GIF of their first 256 frames; the frames
+    numbered in `given` are marked."""
+    frames = map(Image.fromarray, itertools.islice(grids(videos, given), 256))
     with atomic_write(path) as file:
-        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0)
+        next(frames).save(file, "GIF", save_all=True, append_images=frames, duration=1000 // fps, loop=0)
 
 
 def save_mp4(path, videos, given=(), fps=10):
-    """The same as H.264."""
+    """The same as H.264, all frames."""
     import av  # here, so that train.py and bench.py work without it
 
-    frames = grid(videos, given)
-    height, width = (side // 2 * 2 for side in frames.shape[1:3])  # H.264 wants even ones
+    height, width = (side // 2 * 2 for side in next(grids(videos, given)).shape[:2])  # H.264 wants even ones
     with atomic_write(path) as file, av.open(file, "w", format="mp4") as container:
         # without x264's macroblock tree, and in one thread: else the same frames give other bytes each time
         stream = container.add_stream("libx264", rate=fps, height=height, width=width,
                                       options={"crf": "18", "x264-params": "mbtree=0:threads=1"})
-        for frame in frames[:, :height, :width]:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        for frame in grids(videos, given):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame[:height, :width], format="rgb24")))
         container.mux(stream.encode())
 
 
-def save_sheet(path, videos, given, captions):
-    """Write them as a contact sheet, a PNG: a row for each, its caption beside it, of eight evenly spaced frames from
-    the first to the last, under their numbers."""
-    picked = np.linspace(0, videos.shape[1] - 1, min(8, videos.shape[1])).round().astype(int)
-    tiles = grid(videos[:, picked], np.flatnonzero(np.isin(picked, given)), columns=1, pixels=64)[:, :, :-4]
-    text_box = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox
-    left, top = 4 + max(int(text_box((0, 0), caption)[2]) for caption in captions), 12
-    sheet = Image.fromarray(np.pad(np.hstack(tiles), ((top, 0), (left, 4), (0, 0))))
-    pen, side = ImageDraw.Draw(sheet), tiles.shape[2]
-    for i, frame in enumerate(picked):
-        pen.text((left + 4 + i * side, 2), str(frame))
-    for i, caption in enumerate(captions):
-        pen.multiline_text((4, top + 2 + i * side), caption)
+def save_sheet(path, videos, given=()):
+    """The same as a PNG: of each video a row of eight frames, evenly spaced from first to last, under their numbers."""
+    length = len(videos[0])
+    picked = np.linspace(0, length - 1, min(8, length)).round().astype(int)
+    tiles = np.concatenate([video[picked] for video in videos])
+    tiles = grid(tiles, [*np.isin(picked, given)] * len(videos), columns=len(picked), pixels=64)
+    sheet = Image.fromarray(np.pad(tiles, ((12, 0), (0, 0), (0, 0))))
+    for x, number in zip(range(4, sheet.width, (sheet.width - 4) // len(picked)), picked):
+        ImageDraw.Draw(sheet).text((x, 2), str(number))
     with atomic_write(path) as file:
         sheet.save(file, "PNG", optimize=True)
 
@@ -199,53 +207,75 @@ def parse_args(argv=None):
     add("--seed", type=non_negative_int, default=0, help="sample i is a function of the seed and i (0)")
     add("--frames", type=positive_int, help="frames per video (as trained)")
     add("--size", type=positive_int, help="height and width (as trained)")
-    add("--sampler", choices=("ddpm", "ddim"), help="ancestral, all steps; or DDIM (ddpm, of assets/ ddim)")
-    add("--sampling-steps", type=positive_int, help="of ddim (50, of assets/ 25; at most all)")
-    add("--eta", type=zero_to_one, help="of ddim: 0, deterministic, to 1, with the posterior's noise (0, of assets/ 1)")
+    add("--sampler", choices=("ddpm", "ddim"), help="ancestral, all steps (ddpm); or DDIM (of assets/, and streams)")
+    add("--sampling-steps", type=positive_int, help="of DDIM, which they imply (50, of assets/ 25, of streams 16)")
+    add("--eta", type=zero_to_one, help="of DDIM: from 0, no noise, to 1 (0, of assets/ 1, of streams 0.5)")
     add("--class", dest="label", metavar="NAME", help="class to draw (sample i has class i mod their number)")
-    add("--guidance", type=non_negative_float, default=1.0, help="1: none; above 1: stronger "
-        "class, at twice the time; 0: unconditional (1)")
-    add("--condition", type=Path, metavar="CLIP", help="video whose --given frames are kept; of a packed .npy sample i "
-        "takes video i mod their number")
+    add("--guidance", type=non_negative_float, default=1.0, help="above 1: more like the class; 0: of no class (1)")
+    add("--condition", type=Path, metavar="CLIP", help="video, or packed ones, of which --given frames are kept")
     add("--condition-start", type=non_negative_int, default=0, metavar="N", help="the clip's frame that is frame 0 (0)")
     add("--given", metavar="FRAMES", help="frames to keep: a Python slice, 0:8, or several, 0:8,20:24")
-    add("--condition-weight", type=non_negative_float, default=10.0, help="w_r of reconstruction guidance towards "
-        "given frames; 0: the replacement method, in half the time (10)")
+    add("--condition-weight", type=non_negative_float, default=10.0, metavar="W",
+        help="w_r of reconstruction guidance towards given frames; 0: the replacement method, in half the time (10)")
     add("--window", type=positive_int, help="draw so many frames at a time (all at once)")
     add("--overlap", type=positive_int, help="frames that each window shares with the one before (a quarter)")
     add("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the latest (ema)")
     add("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native (auto)")
     add("--compile", action="store_true", help="torch.compile the elementwise work; a CUDA graph on CUDA")
     add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
-    add("--out", type=Path, help=".npy file to write, in a folder that all machines share "
-        "(samples_STEP_KEY.npy beside the checkpoint; of assets/ in out/maze64)")
+    add("--out", type=Path, help=".npy file to write, on a disk that all machines share (samples_STEP.npy beside CKPT)")
     args = parser.parse_args(argv)
     if args.ckpt is None:
         args.ckpt = max(Path("out").glob("**/ckpt.pt"), key=os.path.getmtime, default=ASSET)
     elif args.ckpt.is_dir():
         args.ckpt /= "ckpt.pt"
-    args.asset = args.ckpt.resolve() == ASSET
-    args.num, args.sampler = args.num or (4 if args.asset else 16), args.sampler or ("ddim" if args.asset else "ddpm")
+    args.asset = args.ckpt.resolve().parent == ASSET.parent
+    args.num = args.num or (4 if args.asset else 16)
     if args.sampler == "ddpm" and (args.sampling_steps or args.eta is not None):
         parser.error("--sampling-steps and --eta go with --sampler ddim; ddpm takes all steps")
-    if bool(args.condition) != bool(args.given) or args.condition_start and not args.condition:
-        parser.error(f"--condition {args.condition} --given {args.given}: a clip, and which of its frames to keep, go "
-                     "together")
+    for flag, needs in [("condition", "given"), ("given", "condition"), ("condition_start", "condition"),
+                        ("overlap", "window")]:
+        if getattr(args, flag) and not getattr(args, needs):
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} goes with --{needs}")
     if args.out and args.out.suffix != ".npy":
         parser.error(f"--out {args.out}: expected a name that ends in .npy")
     return args
 
 
-def read_condition(args):
+def complete(args, config, network):
+    """Give flags that were left out the values that go with a checkpoint's config and its network's -> the samples'
+    classes by name, or None. Raises UserError."""
+    args.frames, args.size = args.frames or config["frames"], args.size or config["size"]
+    if not args.sampler:
+        implied = args.asset or network.causal or args.sampling_steps or args.eta is not None
+        args.sampler = "ddim" if implied else "ddpm"
+    if args.sampler == "ddim":
+        steps, eta = (16, 0.5) if network.causal else (25, 1.0) if args.asset else (50, 0.0)
+        args.sampling_steps = min(args.sampling_steps or steps, config["diffusion_steps"])
+        args.eta = eta if args.eta is None else args.eta
+    if network.causal and (args.window or args.sampler == "ddpm"):
+        raise UserError("a causal network draws frame by frame, by DDIM: leave out --sampler ddpm and --window")
+    divisor, trained_size, classes = 2 ** (len(network.channel_mults) - 1), config["size"], config["classes"]
+    if args.size % divisor:
+        raise UserError(f"--size {args.size}: this network needs a size divisible by {divisor}")
+    if args.size != trained_size:
+        rank_zero_print(f"warning: trained on {trained_size}x{trained_size}, to draw {args.size}x{args.size}")
+    if args.label and args.label not in (classes or ()):
+        known = ", ".join(classes[:10]) if classes else "no classes"
+        raise UserError(f"--class {args.label}: this network was trained on {known}")
+    if args.guidance != 1 and not classes:
+        raise UserError(f"--guidance {args.guidance:g} is towards a class; this network was trained without classes")
+    return [args.label or classes[i % len(classes)] for i in range(args.num)] if classes else None
+
+
+def read_condition(args, trained_stride):
     """--condition and --given -> the given frames' numbers, sorted, and these frames of each clip, uint8 (given, h, w,
     3). Raises UserError or DataError."""
-    numbers = set()
     try:
-        for part in args.given.split(","):
-            start, stop, *step = (int(bound) if bound else None for bound in part.split(":"))
-            numbers.update(range(args.frames)[slice(start, stop, *step)])
+        slices = [[int(bound) if bound else None for bound in part.split(":")] for part in args.given.split(",")]
+        numbers = sorted({i for start, stop, *step in slices for i in range(args.frames)[slice(start, stop, *step)]})
     except (TypeError, ValueError):
-        numbers.clear()
+        numbers = []
     if not 0 < len(numbers) < args.frames:
         raise UserError(f"--given {args.given}: expected a slice such as 0:8, or several, 0:8,20:24, of some, but not "
                         f"all, of the {args.frames} frames that a video has here (see --frames)")
@@ -253,13 +283,27 @@ def read_condition(args):
     if min(map(len, clips)) <= max(numbers):
         raise UserError(f"--given {args.given}: {args.condition} has only {min(map(len, clips))} frames from "
                         f"--condition-start {args.condition_start} on")
-    return sorted(numbers), [torch.from_numpy(clip[sorted(numbers)]) for clip in clips]
+    is_array = args.condition.suffix.lower() == ".npy"  # without an index it may be of any stride
+    stride = read_json(args.condition.with_suffix(".json")).get("stride", trained_stride) if is_array else 1
+    if stride != trained_stride:
+        rank_zero_print(f"warning: trained with --stride {trained_stride}, to continue {args.condition} of stride "
+                        f"{stride}; data.py --stride packs a clip like those")
+    return numbers, [torch.from_numpy(clip[numbers]) for clip in clips]
 
 
-def plan_blocks(args, given):
-    """-> the blocks of `draw`, without those whose frames are all given."""
-    window = min(args.window or args.frames, args.frames)
-    overlap = min(args.overlap or max(1, window // 4), window - 1)
+def plan_blocks(args, given, trained_frames, causal):
+    """-> the blocks of `draw`, or of a stream's single frames, without those that are given. Raises UserError."""
+    window = 1 if causal else args.window or args.frames
+    overlap = args.overlap or min(max(1, window // 4), window - 1)
+    if window > args.frames:
+        raise UserError(f"--window {window}: expected at most the video's {args.frames} frames")
+    if overlap >= window:
+        raise UserError(f"--overlap {overlap}: expected fewer than the {window} frames of --window")
+    if causal and given != [*range(len(given))]:
+        raise UserError(f"--given {args.given}: a causal network continues what is given, from frame 0 on, as in 0:8")
+    if window > trained_frames:
+        rank_zero_print(f"warning: trained on {trained_frames} frames, to draw {window} at once; --window "
+                        f"{trained_frames} draws long videos by blocks")
     # the last one begins earlier, so as to be whole
     starts = [min(start, args.frames - window) for start in range(0, args.frames - overlap, window - overlap)]
     return [slice(start, start + window) for start in starts if not {*range(start, start + window)} <= {*given}]
@@ -269,115 +313,115 @@ def plan_blocks(args, given):
 
 
 def main():
-    # ---- the checkpoint, and the flags that it decides
+    # ---- the checkpoint, and what is asked of it: all that can be wrong shows before anything is written
     args = parse_args()
     rank, _, world_size = processes()
     device = choose_device(args.device)
     args.precision = choose_precision(device, args.precision)
     ckpt = load_checkpoint(args.ckpt)
-    net = load_network(ckpt, args.weights, device)
-    config, classes, factor = ckpt["config"], ckpt["config"]["classes"] or [], 2 ** len(net.config.channel_mults) // 2
-    diffusion = Diffusion(config["diffusion_steps"], device, config["prediction"])
-    args.frames, args.size = args.frames or config["frames"], args.size or config["size"]
-    if args.sampler == "ddim":
-        args.sampling_steps = min(args.sampling_steps or (25 if args.asset else 50), diffusion.T)
-        args.eta = float(args.asset) if args.eta is None else args.eta
+    net, config = load_network(ckpt, device, weights=args.weights), ckpt["config"]
+    causal, classes = net.config.causal, config["classes"]
+    labels = complete(args, config, net.config)
+    given, clips = read_condition(args, config.get("data_stride", 1)) if args.given else ([], [])
+    blocks = plan_blocks(args, given, config["frames"], causal)
 
-    # ---- what is asked of it: all that can be wrong with it shows here
-    if args.size % factor:
-        raise UserError(f"--size {args.size}: this network needs a size divisible by {factor}")
-    if args.label and args.label not in classes or args.guidance != 1 and not classes:
-        raise UserError(f"--class {args.label} --guidance {args.guidance:g}: expected a class of {args.ckpt}, "
-                        + (f"such as {', '.join(classes[:10])}" if classes else "which has none (train.py --classes)"))
-    labels = [args.label or classes[i % len(classes)] for i in range(args.num)] if classes else None
-    given, clips = read_condition(args) if args.given else ([], [])
-    blocks = plan_blocks(args, given)
-    window = blocks[0].stop - blocks[0].start
-
-    # ---- NAME.npy.json says all that shapes the samples; the same request resumes, another one has another key
+    # ---- NAME.npy.json says all that shapes the samples: by it the same command finds its file
     free = "ckpt", "asset", "batch_size", "compile", "out"
     request = {name: value for name, value in vars(args).items() if name not in free} | {
         "step": ckpt["step"], "device": device.type, "weights_sha256": digest(net.state_dict().values()),
         "labels": labels, "condition": args.condition and args.condition.name, "condition_sha256": digest(clips)}
-    request = json.dumps(request, indent=1).encode()
-    key = hashlib.sha256(request).hexdigest()[:6]
-    folder = Path("out") / ASSET.stem if args.asset else args.ckpt.parent
-    out = args.out or folder / f"samples_{ckpt['step']:07d}_{key}.npy"
-    about, parts = out.with_name(out.name + ".json"), out.with_name(f".{out.name}.{key}")
-    taken = [file for file in (about, out, *map(out.with_suffix, PICTURES)) if file.exists()]
-    if taken and not (about.exists() and about.read_bytes() == request):
-        raise UserError(f"{taken[0]} belongs to other samples; delete it or choose another --out")
-    if out.exists():
-        return rank_zero_print(f"{out} is there already, drawn by this same command; delete it to draw it again")
     join_processes()
     agree(request, "the processes read different checkpoints; start again once it is no longer being written")
-    parts.mkdir(parents=True, exist_ok=True)
+    out, parts = rank_zero_first(functools.partial(claim_output, args, request))
+    if out.exists():
+        return rank_zero_print(f"{out} is there already, drawn by this same command; delete it to draw it again")
 
     # ---- the processes take batches in turn; an interrupted one is drawn again whole
-    by_gradient = args.condition_weight > 0 and bool(given or len(blocks) > 1)
+    window = blocks[0].stop - blocks[0].start
+    by_gradient = args.condition_weight > 0 and not causal and (bool(given) or len(blocks) > 1)
     shape = 1 if args.guidance == 1 else 2, 3, window, args.size, args.size
-    size = args.batch_size or min(gather(sampling_batch(net, shape, device, args.precision, by_gradient)))
-    size = min(size, math.ceil(args.num / world_size))
-    files = [parts / f"{i:07d}.npy" for i in range(args.num)]
-    batches = [range(first, min(first + size, args.num)) for first in range(0, args.num, size)]
+    fitting = args.batch_size or min(gather(sampling_batch(net, shape, device, args.precision, by_gradient)))
+    args.batch_size = min(fitting, math.ceil(args.num / world_size))
+    rank_zero_print(", ".join(f"{name} {value}" for name, value in vars(args).items() if value is not None))
+    files = [parts / f"{i:07d}" for i in range(args.num)]
+    batches = [range(args.num)[first:first + args.batch_size] for first in range(0, args.num, args.batch_size)]
     mine = [batch for batch in batches[rank::world_size] if not all(files[i].exists() for i in batch)]
-    announce(args, ckpt, blocks, f"{size} at a time by {world_size} x {device.type}")
 
     network = for_sampling(net, device, args.precision, args.compile)
     # where there is no terminal the bars, which tell the time left, come once a minute
     bar = functools.partial(tqdm, disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 60)
+    diffusion = Diffusion(config["diffusion_steps"], device, config["prediction"])
     sample = functools.partial(diffusion.sample, progress=functools.partial(bar, unit="step", leave=False),
                                steps=args.sampling_steps, eta=args.eta, weight=args.condition_weight)
-    is_given = torch.tensor([i in given for i in range(args.frames)], device=device)
     with autocast(device, args.precision), cached_kernels(net, window):
         for batch in bar(mine, unit="batch"):
-            x_a = torch.zeros(len(batch), 3, args.frames, args.size, args.size)
-            if given:
-                x_a[:, :, given] = to_float(torch.stack([clips[i % len(clips)] for i in batch]))
+            generators = sample_generators(args.seed, batch, device)
             numbers = torch.tensor([classes.index(labels[i]) for i in batch], device=device) if classes else None
-            videos = draw(network, sample, x_a.shape[1:], sample_generators(args.seed, batch, device), numbers,
-                          args.guidance, (x_a.to(device), is_given), blocks)
-            for i, video in zip(batch, videos):
-                with atomic_write(files[i]) as file:
-                    np.save(file, video)
-
-    # ---- the array comes last: that it exists says that all is there
+            denoiser = with_guidance(network, numbers, len(classes), args.guidance) if classes else network
+            x_a = to_float(torch.stack([clips[i % len(clips)] for i in batch])).to(device) if given else None
+            if causal:
+                with streaming(net) as advance:
+                    frames = diffusion.stream(denoiser, advance, (len(batch), 3, args.size, args.size), generators,
+                                              args.sampling_steps, args.eta, x_a)
+                    frames = bar(itertools.islice(frames, args.frames), total=args.frames, unit="frame", leave=False)
+                    write_samples([files[i] for i in batch], (to_uint8(frame).cpu().numpy() for frame in frames))
+            else:
+                videos = draw(denoiser, sample, (3, args.frames, args.size, args.size), generators, x_a, given, blocks)
+                write_samples([files[i] for i in batch], [videos])
     barrier()
     if rank == 0:
-        with atomic_write(about) as file:
-            file.write(request)
-        videos = np.fromiter(map(np.load, files), np.dtype((np.uint8, np.load(files[0]).shape)), args.num)
-        captions = [f"sample {i}" + (f"\n{labels[i]}" if labels else "") + (f"\ngiven {args.given}" if given else "")
-                    for i in range(min(16, args.num))]
-        save_gif(out.with_suffix(".gif"), videos[:16], given)
-        save_mp4(out.with_suffix(".mp4"), videos[:16], given)
-        save_sheet(out.with_suffix(".png"), videos[:16], given, captions)
-        with atomic_write(out) as file:
-            np.save(file, videos)
+        write_results(out, files, (args.frames, args.size, args.size, 3), given)
         shutil.rmtree(parts)
-        rank_zero_print(f"wrote {out.absolute()}, and beside it pictures: {', '.join(PICTURES)}")
-
-
-def announce(args, ckpt, blocks, batches):
-    """Print what is drawn from what, and warn of what the network was not trained for."""
-    config, window = ckpt["config"], blocks[0].stop - blocks[0].start
-    if args.asset:
-        rank_zero_print("drawing from the small network that comes with the code; python train.py --preset tiny trains "
-                        "your own")
-    rank_zero_print(f"{args.ckpt}: step {ckpt['step']}, {args.weights} weights; {args.num} videos of "
-        f"{args.frames} frames, {args.size}x{args.size}, {batches}; {args.sampler}, {args.sampling_steps or 'all'} steps, seed {args.seed}"
-        + (f"; class {args.label or 'in turn'}, guidance {args.guidance:g}" if config["classes"] else "")
-        + (f"; frames {args.given} of {args.condition} given" if args.given else "")
-        + (f"; {len(blocks)} blocks of {window} frames" if len(blocks) > 1 else ""))
-    if window > config["frames"] or args.size != config["size"]:
-        rank_zero_print(f"warning: trained on {config['frames']} frames, {config['size']}x{config['size']}, to draw "
-            f"{window}, {args.size}x{args.size}, at once"
-            + (f"; --window {config['frames']} draws long videos by blocks" if window > config["frames"] else ""))
 
 
 def digest(tensors):
     """-> SHA-256 of the tensors' bytes."""
     return hashlib.sha256(b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def claim_output(args, request):
+    """-> the .npy file to write, and a folder for its samples until all are drawn. The file is --out, or the first of
+    samples_STEP.npy, samples_STEP_2.npy, ... that no other samples have; its NAME.npy.json is the request from now on.
+    Raises UserError."""
+    folder = Path("out") / args.ckpt.stem if args.asset else args.ckpt.parent
+    text, stem = json.dumps(request, indent=1).encode(), f"samples_{request['step']:07d}"
+    for number in itertools.count(1):
+        out = args.out or folder / (f"{stem}.npy" if number == 1 else f"{stem}_{number}.npy")
+        about, parts = out.with_name(f"{out.name}.json"), out.with_name(f".{out.name}.parts")
+        taken = [file for file in (about, out, *map(out.with_suffix, PICTURES)) if file.exists()]
+        if not taken:
+            shutil.rmtree(parts, ignore_errors=True)  # it is older
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(about) as file:
+                file.write(text)
+        if not taken or about.exists() and about.read_bytes() == text:
+            return out, parts
+        if args.out:
+            raise UserError(f"{taken[0]} belongs to other samples; delete it or choose another --out")
+
+
+def write_samples(files, blocks):
+    """Write each sample to its file, as the blocks of their frames come, uint8 (b, f, h, w, 3) each."""
+    files[0].parent.mkdir(exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        samples = [stack.enter_context(atomic_write(file)) for file in files]
+        for block in blocks:
+            for sample, frames in zip(samples, block):
+                sample.write(frames.data)
+
+
+def write_results(out, files, shape, given):
+    """Make the array and its pictures of the samples' files. shape: (f, h, w, 3) of each."""
+    videos = [np.memmap(file, np.uint8, "r", shape=shape) for file in files[:16]]
+    for save, suffix in zip((save_gif, save_mp4, save_sheet), PICTURES):
+        save(out.with_suffix(suffix), videos, given)
+    with atomic_write(out) as array:  # comes last: that it exists says that all is there
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
+        np.lib.format.write_array_header_1_0(array, header)
+        for file in files:
+            with open(file, "rb") as video:
+                shutil.copyfileobj(video, array)
+    rank_zero_print(f"wrote {out.absolute()}, and beside it pictures: {', '.join(PICTURES)}")
 
 
 if __name__ == "__main__":

@@ -1303,11 +1303,14 @@ def run_sample(monkeypatch, *flags):
 @pytest.fixture(scope="module")
 def small_checkpoint(tmp_path_factory):
     """A checkpoint of a network for 5 frames of 8x8, drawn in 4 steps."""
-    path = tmp_path_factory.mktemp("checkpoint") / "ckpt.pt"
-    args = train.parse_args([*TRAIN, "--channel-mults", "1", "2"])
-    config = train.unet_config(args)
-    torch.save({"step": 1, "config": vars(args) | {"out": None, "fixed": None}, "unet": dataclasses.asdict(config),
-                "ema": UNet3D(config).state_dict()}, path)
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "ckpt.pt")
+
+
+def save_checkpoint(path, *flags, **config):
+    args = train.parse_args([*TRAIN, "--channel-mults", "1", "2", *flags])
+    unet = train.unet_config(args)
+    torch.save({"step": 1, "config": vars(args) | {"out": None, "fixed": None} | config,
+                "unet": dataclasses.asdict(unet), "ema": UNet3D(unet).state_dict()}, path)
     return path
 
 
@@ -1318,8 +1321,8 @@ def test_sample_writes_what_data_reads(small_checkpoint, tmp_path, monkeypatch, 
     os.utime("out/ckpt.pt", (1, 1))
     shutil.copy(small_checkpoint, "out/a run/ckpt.pt")  # newer
     run_sample(monkeypatch, "--num", 3, "--batch-size", 2, "--frames", 9, "--size", 16)
-    assert "warning: trained on 5 frames, 8x8" in capsys.readouterr().out
-    [path] = Path("out/a run").glob("samples_0000001_*.npy")
+    assert capsys.readouterr().out.count("warning: ") == 2, "of the frames and the size"
+    path = Path("out/a run/samples_0000001.npy")
     videos = np.load(path)
     assert videos.shape == (3, 9, 16, 16, 3) and videos.dtype == np.uint8
     assert data.PackedVideos(path, frames=9, size=16).num_windows == 3
@@ -1328,23 +1331,27 @@ def test_sample_writes_what_data_reads(small_checkpoint, tmp_path, monkeypatch, 
     with Image.open(path.with_suffix(".png")) as image:
         image.load()
     # the same command again draws nothing; with other settings it has another name, unless one is given
-    run_sample(monkeypatch, "--num", 3, "--batch-size", 2, "--frames", 9, "--size", 16)
-    assert "is there already" in capsys.readouterr().out
     run_sample(monkeypatch, "--ckpt", "out/a run", "--num", 2, "--batch-size", 2)
-    [other] = {*path.parent.glob("*.npy")} - {path}
-    assert_drawn(other, small_checkpoint, Diffusion(4).sample)
+    run_sample(monkeypatch, "--num", 3, "--batch-size", 1, "--frames", 9, "--size", 16)
+    assert {*path.parent.glob("*.npy")} == {path, path.with_stem("samples_0000001_2")} and not [*path.parent.glob(".*")]
+    assert_drawn(path.with_stem("samples_0000001_2"), small_checkpoint, Diffusion(4).sample)
     with pytest.raises(UserError, match="belongs to other samples"):
         run_sample(monkeypatch, "--num", 3, "--out", path)
+    # a damaged checkpoint, and the intact one before it
+    Path("out/a run/ckpt.pt").rename("out/a run/ckpt_previous.pt")
+    Path("out/a run/ckpt.pt").write_text("text")
+    with pytest.raises(UserError, match="ckpt_previous.pt"):
+        sample.load_network("out/a run")
+    assert sample.load_network("out/a run/ckpt_previous.pt", "cpu").config.base_channels == 8
 
 
-def test_without_a_run_the_small_checkpoint_is_drawn_from(small_checkpoint, tmp_path, monkeypatch, capsys):
+def test_without_a_run_the_small_checkpoint_is_drawn_from(small_checkpoint, tmp_path, monkeypatch):
     ckpt = sample.load_checkpoint(small_checkpoint)
     torch.save(ckpt | {"ema": {name: p.half() for name, p in ckpt["ema"].items()}}, tmp_path / "small.pt")
     monkeypatch.setattr(sample, "ASSET", tmp_path / "small.pt")
     monkeypatch.chdir(tmp_path)
     run_sample(monkeypatch)
-    assert "that comes with the code" in capsys.readouterr().out
-    [path] = Path("out", "small").glob("*.npy")
+    path = Path("out", "small", "samples_0000001.npy")
     assert len(np.load(path)) == 4
     assert_drawn(path, "small.pt", functools.partial(Diffusion(4).sample, steps=4, eta=1))
     with pytest.raises(UserError, match="--weights model"):
@@ -1370,7 +1377,7 @@ def test_classes_and_v_by_the_commands(tmp_path, monkeypatch):
     assert len(targets) == 2, "each micro-batch was to predict v"
     ckpt = sample.load_checkpoint(tmp_path / "run" / "ckpt.pt")
     assert ckpt["config"]["classes"] == CLASSES and ckpt["unet"]["classes"] == 3
-    flags = ["--ckpt", tmp_path / "run", "--sampler", "ddim", "--sampling-steps", 3, "--batch-size", 2]
+    flags = ["--ckpt", tmp_path / "run", "--sampling-steps", 3, "--batch-size", 2]
     run_sample(monkeypatch, *flags, "--num", 4, "--out", tmp_path / "turns.npy")
     run_sample(monkeypatch, *flags, "--num", 2, "--out", tmp_path / "b.npy", "--class", "Bowling", "--guidance", 2)
     assert [video["label"] for video in data.PackedVideos(tmp_path / "turns.npy", 5, 8).videos] == [*CLASSES, "Archery"]
@@ -1380,7 +1387,7 @@ def test_classes_and_v_by_the_commands(tmp_path, monkeypatch):
         assert_drawn(tmp_path / name, tmp_path / "run" / "ckpt.pt", sampler, labels, guidance)
 
 
-def test_prediction_and_infilling_resume(small_checkpoint, tmp_path, monkeypatch):
+def test_prediction_and_infilling_resume(small_checkpoint, tmp_path, monkeypatch, capsys):
     """Given frames are the clip's byte for byte; what was drawn before an interruption is not drawn again."""
     clips = np.random.default_rng(0).integers(256, size=(2, 5, 8, 8, 3), dtype=np.uint8)
     np.save(tmp_path / "clips.npy", clips)
@@ -1409,11 +1416,20 @@ def test_prediction_and_infilling_resume(small_checkpoint, tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             run_sample(monkeypatch, *flags, "--out", "stopped.npy")
         assert not Path("stopped.npy").exists()
+        with pytest.raises(UserError, match="other samples"):
+            run_sample(monkeypatch, *flags, "--out", "stopped.npy", "--seed", 1)
         run_sample(monkeypatch, *flags, "--out", "stopped.npy")
     assert len(calls) == 3 and not [name for name in os.listdir() if name.startswith(".")]
     assert Path("stopped.npy").read_bytes() == Path("whole.npy").read_bytes()
     run_sample(monkeypatch, *sampler, "--num", 1, "--condition", "clip.mp4", "--given=-2:", "--out", "end.npy")
     assert np.array_equal(np.load("end.npy")[0, -2:], data.decode("clip.mp4", 8)[-2:])
+    # a network of other data than the clip's
+    data.pack(Path("clip.mp4"), Path("packed.npy"), size=8, workers=1, stride=2)
+    save_checkpoint("strided.pt", data_stride=2)
+    for clip, warned in [("clip.mp4", True), ("packed.npy", False)]:
+        capsys.readouterr()
+        run_sample(monkeypatch, "--ckpt", "strided.pt", "--sampling-steps", 1, "--condition", clip, "--given", "0:1")
+        assert ("warning" in capsys.readouterr().out) == warned
 
 
 def test_long_videos_by_blocks(small_checkpoint, tmp_path, monkeypatch):
@@ -1443,6 +1459,25 @@ def test_long_videos_by_blocks(small_checkpoint, tmp_path, monkeypatch):
     assert {*weights[:3]} == {10} and {*weights[3:]} == {3}
     assert [given.tolist() for _, (_, given), _ in seen] == [[True, True, False, False]] * 2 + [[True] * 3 + [False]]
     assert np.array_equal(np.load(tmp_path / "more.npy")[1, :4, 0, 0, 0], [0, 1, 2, 3])
+
+
+def test_a_causal_network_streams(tmp_path, monkeypatch):
+    """Into files, what the library streams: after the given frames as many as asked for."""
+    monkeypatch.chdir(tmp_path)
+    net, clip = sample.load_network(save_checkpoint(tmp_path / "ckpt.pt", "--causal")), write_npy(Path("clip.npy"), 9)
+    x_a = data.to_float(torch.from_numpy(np.load(clip)[2:4])).expand(2, -1, -1, -1, -1)
+    flags, condition = ["--ckpt", tmp_path, "--num", 2, "--frames", 7, "--out"], ["--condition", clip, "--given"]
+    for given, begin in [(None, []), (x_a, [*condition, "0:2", "--condition-start", 2])]:
+        run_sample(monkeypatch, *flags, f"{len(begin)}.npy", *begin)
+        with autocast(torch.device("cpu")), s4d.streaming(net) as advance:
+            frames = Diffusion(4).stream(net, advance, (2, 3, 8, 8), sample_generators(0, [0, 1]), 4, 0.5, given)
+            expected = data.to_uint8(torch.cat(list(itertools.islice(frames, 7)), 2)).numpy().astype(int)
+        assert np.abs(np.load(f"{len(begin)}.npy") - expected).max() <= 1
+    for wrong in (["--window", 4], [*condition, "2:4"], ["--sampler", "ddpm"]):
+        with pytest.raises(UserError):
+            run_sample(monkeypatch, *flags, "wrong.npy", *wrong)
+    sample.save_gif("long.gif", np.random.default_rng(0).integers(256, size=(1, 258, 8, 8, 3), dtype=np.uint8))
+    assert len(data.decode("long.gif", 8)) == 256
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -1506,6 +1541,8 @@ BAD_INPUT = {
     "sample": "--ckpt missing.pt; --ckpt text.mp4; --ckpt code.pt; --ckpt other.pt; --num 0; --eta 1.5; --guidance -1; "
               "--condition short.npy; --out x.txt; --ckpt CKPT --size 9; --ckpt CKPT --class red; "
               "--ckpt CKPT --weights model; --ckpt CKPT --condition short.npy --given 0:2 --condition-start 5; "
+              "--condition-start 5; --given 0:2; --overlap 2; --eta 1 --sampler ddpm; --ckpt CKPT --guidance 2; "
+              "--ckpt CKPT --window 4 --overlap 4; --ckpt CKPT --window 6; "
               + "".join(f"--ckpt CKPT --condition short.npy --given {given}; " for given in ("0:9", "3", "a:b", "3:3"))
               + "--ckpt CKPT --given 0:2 --condition wide.npy",
     "data": "missing; text.mp4; fewer.npy; folder --out short.npy; folder --out fewer.npy; folder --out x.npz; "

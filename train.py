@@ -273,7 +273,8 @@ def draw_samples(net, diffusion, args, count, stopping):
         for indices in (mine[first:first + share] for first in range(0, len(mine), share)):
             labels = torch.tensor([i % len(args.classes) for i in indices], device=device) if args.classes else None
             generators = sample_generators(args.seed, indices, device)
-            yield from draw(net, sample, (3, args.frames, args.size, args.size), generators, labels)
+            denoiser = functools.partial(net, labels=labels) if args.classes else net
+            yield from draw(denoiser, sample, (3, args.frames, args.size, args.size), generators)
 
     with autocast(device, args.precision), cached_kernels(net, args.frames):
         videos = np.stack(share_out(count, samples))
