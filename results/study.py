@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fvd
 from command import Parser, positive_int, run, atomic_write
-from data import DataError, to_float
+from data import DataError, read_videos, to_float
 from diffusion import Diffusion, sample_generators, training_noise
 from mazes import MazeVideos
 from s4d import cached_kernels
@@ -107,8 +107,7 @@ def measure(layer, seed, flags, others, i3d):
     if path.exists():
         records[-1] |= json.loads(path.read_text())
     if flags.fvd and samples.exists():
-        real = held_out_mazes(ckpt["config"], flags.samples)
-        records[-1]["fvd"] = fvd.fvd(*(features(i3d, videos, flags.out) for videos in (real, np.load(samples))))
+        records[-1]["fvd"] = fvd.fvd(mazes_features(i3d, flags, ckpt["config"]), features(i3d, samples))
     return records
 
 
@@ -150,12 +149,19 @@ def held_out_mazes(config, count, key=1):
     return np.stack([mazes.clip(key, i) for i in range(count)])
 
 
-def features(i3d, videos, cache):
-    """uint8 (n, f, h, w, 3) -> I3D's features (n, 400), as fvd.py caches them on a CPU."""
-    pixels, clips = videos.reshape(-1, *videos.shape[2:]), np.arange(videos.shape[0] * videos.shape[1])
-    clips = clips.reshape(videos.shape[:2])
+def features(i3d, path, videos=None):
+    """I3D's features (n, 400) of uint8 videos (n, f, h, w, 3) in the file at `path`, which is written from `videos` if
+    it is not there; cached beside it, where `fvd.py --cache` finds them."""
+    if not path.exists():
+        with atomic_write(path) as file:
+            np.save(file, videos)
+    pixels, found = read_videos(path)
     settings = {"i3d_sha256": fvd.I3D_SHA256, "device": "cpu", "resize": "tf1", "range": "-11", "batch_size": 1}
-    return fvd.features_of(i3d, pixels, clips, fvd.contents(pixels, clips), settings, cache)
+    return fvd.features_of(i3d, pixels, *fvd.cut(pixels, found, "fake", found[0]["length"]), settings, path.parent)
+
+
+def mazes_features(i3d, flags, config):
+    return features(i3d, flags.out / f"mazes-{flags.samples}.npy", held_out_mazes(config, flags.samples))
 
 
 def paired(records, pair, step, value):
@@ -236,15 +242,17 @@ def blurred(videos):
 
 def report_disturbed(flags, config, i3d):
     """What FVD sees, as a table: other mazes than the held-out ones, as they are and disturbed, against those."""
-    real, others = held_out_mazes(config, flags.samples), held_out_mazes(config, flags.disturbed, key=2)
-    between = others.copy()
-    between[:, 1::2] = np.roll(others, 1, 0)[:, 1::2]
-    print(f"\n| {len(others)} mazes against {len(real)} others | FVD | unexplained, of 255 |\n|---|---|---|")
-    for name, videos in {"as they are": others, "each backwards": np.ascontiguousarray(others[:, ::-1]),
-                         "frames shuffled": shuffled(others), "every other frame from another clip": between,
-                         **{f"noise of {std} grey levels": noisy(others, std) for std in (2, 5, 10)},
-                         "blurred by 1 2 1": blurred(others)}.items():
-        distance = fvd.fvd(features(i3d, real, flags.out), features(i3d, videos, flags.out))
+    mazes = held_out_mazes(config, flags.disturbed, key=2)
+    between = mazes.copy()
+    between[:, 1::2] = np.roll(mazes, 1, 0)[:, 1::2]
+    disturbed = {"as they are": mazes, "backwards": mazes[:, ::-1], "frames shuffled": shuffled(mazes),
+                 "every other frame from another": between,
+                 **{f"noise of {std} grey levels": noisy(mazes, std) for std in (2, 5, 10)},
+                 "blurred by 1 2 1": blurred(mazes)}
+    print(f"\n| {len(mazes)} mazes against {flags.samples} others | FVD | unexplained, of 255 |\n|---|---|---|")
+    for name, videos in disturbed.items():
+        path = flags.out / f"mazes-{len(mazes)}-{name.replace(' ', '-')}.npy"
+        distance = fvd.fvd(mazes_features(i3d, flags, config), features(i3d, path, videos))
         print(f"| {name} | {distance:.1f} | {unexplained(videos).mean():.2f} |", flush=True)
 
 
