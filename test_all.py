@@ -2009,7 +2009,7 @@ def test_the_result_is_that_of_the_features_and_says_everything(fvd_command, cap
     x, y = (fvd.i3d_features(Thumbnail(), np.load(name)[:, :9]) for name in ("real.npy", "fake.npy"))
     assert result["fvd"] == pytest.approx(fvd.fvd(x, y), rel=1e-5) and result["fvd"] > 1
     assert result["std"] > 0 and result["floor"]["fvd"] > 1 and result["floor"]["videos_in_each_half"] == 6
-    assert f"FVD {result['fvd']:.3f} ± {result['std']:.3f} " in printed and "6 real videos against" in printed
+    assert f"FVD {result['fvd']:.3f} ± {result['std']:.3f} " in printed and "6 in each half" in printed
     request = result["request"]
     assert request["real"].items() >= {"videos": 12, "frames": 9, "stride": 1, "resolution": [16, 16]}.items()
     assert request.items() >= {"split": "all", "window": "first", "seed": 0, "resize": "tf1", "range": "-11",
@@ -2018,9 +2018,9 @@ def test_the_result_is_that_of_the_features_and_says_everything(fvd_command, cap
     others = [fvd_command(flags, out=f"{i}.json") for i, flags in enumerate(
         ("--window random", "--resize half-pixel", "--range 01", "--num-real 11", "--num-fake 8"))]
     assert len({other["fvd"] for other in (result, *others)}) == 6  # whatever the cache holds
+    assert fvd_command("--num-real 3", out="few.json")["floor"] is None, "3 videos have no halves"
     sets = [one["request"][name]["clips_sha256"] for one in (result, others[0], others[3]) for name in ("real", "fake")]
     assert len(set(sets)) == 4, "of one number and length, but of other contents"
-    assert fvd_command("--num-real 3", out="few.json")["floor"] is None, "3 videos have no halves"
 
 
 @pytest.mark.parametrize("departure", [

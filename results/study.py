@@ -63,6 +63,7 @@ def main():
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="two or more")
     add("--steps", type=positive_int, default=1000, help="of training (1000)")
     add("--samples", type=positive_int, default=32, help="videos drawn from each network (32)")
+    add("--sampling-steps", type=positive_int, default=25, help="of DDIM, with eta 1 (25)")
     add("--fvd", action="store_true", help="FVD, too; wants 512 samples, and the weights that fvd.py asks for")
     add("--disturbed", type=positive_int, help="FVD of so many mazes, disturbed in several ways, too")
     add("--out", type=Path, default=Path("out/study"))
@@ -96,10 +97,10 @@ def measure(layer, seed, flags, others, i3d):
     records = [{"layer": layer, "seed": seed, "step": line["step"],
                 "loss": [line["held_out_loss"], *line["held_out_quartiles"]]}
                for line in lines if "held_out_loss" in line and line["step"] <= flags.steps]
-    path, samples = (out / f"{name}-{flags.steps}-{flags.samples}{kind}" for name, kind in
-                     (("trained", ".json"), ("samples", ".npy")))
+    numbers = f"{flags.steps}-{flags.samples}-{flags.sampling_steps}"
+    path, samples = out / f"trained-{numbers}.json", out / f"samples-{numbers}.npy"
     if ckpt["step"] == flags.steps and not (path.exists() and (samples.exists() or not flags.fvd)):
-        measured, videos = measure_network(ckpt, flags.samples)
+        measured, videos = measure_network(ckpt, flags.samples, flags.sampling_steps)
         with atomic_write(samples) as file:
             np.save(file, videos)
         with atomic_write(path, "w") as file:
@@ -112,12 +113,12 @@ def measure(layer, seed, flags, others, i3d):
 
 
 @torch.no_grad()
-def measure_network(ckpt, count):
+def measure_network(ckpt, count, steps):
     """-> {"frames": held-out loss by quartile of t and frame, "unexplained": of `count` samples by frame}, samples."""
     net, config = load_network(ckpt), ckpt["config"]
     shape = 3, config["frames"], config["size"], config["size"]
     diffusion, videos = Diffusion(config["diffusion_steps"]), MazeVideos(*shape[1:3], "test")
-    sample = functools.partial(diffusion.sample, steps=min(25, diffusion.T), eta=1)
+    sample = functools.partial(diffusion.sample, steps=min(steps, diffusion.T), eta=1)
     losses, samples = torch.zeros(4, shape[1]), []
     with cached_kernels(net, shape[1]):
         for i in range(config["eval_clips"]):  # the clips, timesteps and noise of train.held_out_loss
