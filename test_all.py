@@ -2032,6 +2032,7 @@ def test_what_compares_with_published_numbers(departure):
     sets = [{"videos": told[name], "resolution": [size, size]} for name, size in (("real", 32), ("fake", told["size"]))]
     notes = fvd.departures(types.SimpleNamespace(**told), told["protocol"], *sets, told["constant"])
     assert bool(notes) == bool(departure), notes
+    assert any("singular" in note for note in notes) == (told["fake"] <= 400)
 
 
 def test_protocols(fvd_command, monkeypatch):
