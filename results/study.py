@@ -18,7 +18,7 @@ Glossary
     unexplained       of a frame, what is nowhere near the same place in the frame before, in grey levels of 255: the
                       mean over pixels of the least difference to the pixels at most as many columns away there as
                       mazes move: 1 at 8x8, 2 at 16x16. A still video has none: the yardstick is what mazes have.
-    FVD               of a network's samples against as many held-out mazes, the same ones for all networks
+    FVD               of a network's samples against `MAZES` held-out mazes, the same ones for all networks
 """
 import functools
 import importlib.util
@@ -53,6 +53,7 @@ PAIRS = [(name, "ssm") for name in LAYERS if name != "ssm"] + [("mamba-unidirect
 NETWORK = ("--preset tiny --size 8 --frames 16 --base-channels 16 --channel-mults 1 2 --batch-size 4 --ema-decay 0.98 "
            "--precision float32 --workers 0 --grad-accum 1 --grid-samples 0 --eval-clips 64 --eval-every 250 "
            "--save-every 250").split()
+MAZES = 512
 PLACES = {"first 2": slice(0, 2), "others": slice(2, -2), "last 2": slice(-2, None)}  # frames of a clip
 
 
@@ -162,7 +163,7 @@ def features(i3d, path, videos=None):
 
 
 def mazes_features(i3d, flags, config):
-    return features(i3d, flags.out / f"mazes-{flags.samples}.npy", held_out_mazes(config, flags.samples))
+    return features(i3d, flags.out / f"mazes-{MAZES}.npy", held_out_mazes(config, MAZES))
 
 
 def paired(records, pair, step, value):
@@ -210,7 +211,7 @@ def report(records, flags, config):
     print("\n| unexplained | difference |\n|---|---|")
     rows(trained, flags.steps, lambda record: np.mean(record["unexplained"]), "")
     if flags.fvd:
-        print(f"\n| FVD of {flags.samples} samples | mean over seeds | of each seed |\n|---|---|---|")
+        print(f"\n| FVD of {flags.samples} samples against {MAZES} mazes | mean over seeds | of each seed |\n|---|---|---|")
         for layer in flags.layers:
             values = [record["fvd"] for record in trained if record["layer"] == layer and "fvd" in record]
             error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
@@ -250,7 +251,7 @@ def report_disturbed(flags, config, i3d):
                  "every other frame from another": between,
                  **{f"noise of {std} grey levels": noisy(mazes, std) for std in (2, 5, 10)},
                  "blurred by 1 2 1": blurred(mazes)}
-    print(f"\n| {len(mazes)} mazes against {flags.samples} others | FVD | unexplained, of 255 |\n|---|---|---|")
+    print(f"\n| {len(mazes)} mazes against {MAZES} others | FVD | unexplained, of 255 |\n|---|---|---|")
     for name, videos in disturbed.items():
         path = flags.out / f"mazes-{len(mazes)}-{name.replace(' ', '-')}.npy"
         distance = fvd.fvd(mazes_features(i3d, flags, config), features(i3d, path, videos))
