@@ -211,7 +211,8 @@ def report(records, flags, config):
     print("\n| unexplained | difference |\n|---|---|")
     rows(trained, flags.steps, lambda record: np.mean(record["unexplained"]), "")
     if flags.fvd:
-        print(f"\n| FVD of {flags.samples} samples against {MAZES} mazes | mean over seeds | of each seed |\n|---|---|---|")
+        print(f"\n| FVD of {flags.samples} samples against {MAZES} mazes | mean over seeds | of each seed |\n"
+              "|---|---|---|")
         for layer in flags.layers:
             values = [record["fvd"] for record in trained if record["layer"] == layer and "fvd" in record]
             error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
