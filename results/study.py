@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python results/study.py                     # trains, draws, measures, prints the tables
     python results/study.py --steps 3000 --seeds 0 1 2 3 4        # resumes what is there, and trains on
     python results/study.py --layers ssm ssm-unidirectional       # two layers; further flags go to train.py
+    python results/study.py --size 16 --fvd --samples 512         # and FVD, of networks for 16x16
 
 Runs of one seed see the same clips, timesteps and noise whatever their layer, and all runs the same held-out clips: so
 the difference between two layers of one seed is far sharper than either. Each run is a folder OUT/LAYER/SEED and
@@ -15,8 +16,9 @@ Glossary
     quartile          of the diffusion step t: the first is nearly clean, the last nearly noise
     ±                 the standard error of a mean over seeds
     unexplained       of a frame, what is nowhere near the same place in the frame before, in grey levels of 255: the
-                      mean over pixels of the least difference to the pixels at most `REACH` columns away there. A still
-                      video has none: the yardstick is what mazes have.
+                      mean over pixels of the least difference to the pixels at most as many columns away there as
+                      mazes move: 1 at 8x8, 2 at 16x16. A still video has none: the yardstick is what mazes have.
+    FVD               of a network's samples against `MAZES` held-out mazes, the same ones for all networks
 """
 import functools
 import importlib.util
@@ -27,11 +29,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import fvd
 from command import Parser, positive_int, run, atomic_write
-from data import DataError, to_float
+from data import DataError, read_videos, to_float
 from diffusion import Diffusion, sample_generators, training_noise
 from mazes import MazeVideos
 from s4d import cached_kernels
@@ -49,28 +53,36 @@ PAIRS = [(name, "ssm") for name in LAYERS if name != "ssm"] + [("mamba-unidirect
 NETWORK = ("--preset tiny --size 8 --frames 16 --base-channels 16 --channel-mults 1 2 --batch-size 4 --ema-decay 0.98 "
            "--precision float32 --workers 0 --grad-accum 1 --grid-samples 0 --eval-clips 64 --eval-every 250 "
            "--save-every 250").split()
-REACH = 1  # mazes move by one pixel a frame at 8x8
+MAZES = 512
 PLACES = {"first 2": slice(0, 2), "others": slice(2, -2), "last 2": slice(-2, None)}  # frames of a clip
 
 
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="two or more")
-    parser.add_argument("--steps", type=positive_int, default=1000, help="of training (1000)")
-    parser.add_argument("--samples", type=positive_int, default=32, help="videos drawn from each network (32)")
-    parser.add_argument("--out", type=Path, default=Path("out/study"))
+    add = parser.add_argument
+    add("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="two or more")
+    add("--steps", type=positive_int, default=1000, help="of training (1000)")
+    add("--samples", type=positive_int, default=32, help="videos drawn from each network (32)")
+    add("--sampling-steps", type=positive_int, default=25, help="of DDIM, with eta 1 (25)")
+    add("--fvd", action="store_true", help="FVD, too; wants 512 samples, and the weights that fvd.py asks for")
+    add("--disturbed", type=positive_int, help="FVD of so many mazes, disturbed in several ways, too")
+    add("--out", type=Path, default=Path("out/study"))
     flags, others = parser.parse_known_args()
+    i3d = fvd.load_i3d() if flags.fvd or flags.disturbed else None
     records = []
     for seed in flags.seeds:
         for layer in flags.layers:
-            records += measure(layer, seed, flags, others)
+            records += measure(layer, seed, flags, others, i3d)
     with atomic_write(flags.out / "study.jsonl", "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
-    report(records, flags)
+    config = load_checkpoint(flags.out / flags.layers[0] / str(flags.seeds[0]) / "ckpt.pt")["config"]
+    report(records, flags, config)
+    if flags.disturbed:
+        report_disturbed(flags, config, i3d)
 
 
-def measure(layer, seed, flags, others):
+def measure(layer, seed, flags, others, i3d):
     """Train, unless that is done -> a record for every held-out loss in the run's log; the last one also has what is
     measured on the trained network, unless it has been trained further since."""
     out = flags.out / layer / str(seed)
@@ -79,32 +91,35 @@ def measure(layer, seed, flags, others):
                       *others]))
     for number, handler in handlers.items():  # train.py has its own
         signal.signal(number, handler)
-    step = load_checkpoint(out / "ckpt.pt")["step"]
-    if step < flags.steps:
+    ckpt = load_checkpoint(out / "ckpt.pt")
+    if ckpt["step"] < flags.steps:
         sys.exit("interrupted; the same command resumes")
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     records = [{"layer": layer, "seed": seed, "step": line["step"],
                 "loss": [line["held_out_loss"], *line["held_out_quartiles"]]}
                for line in lines if "held_out_loss" in line and line["step"] <= flags.steps]
-    path = out / f"trained-{flags.steps}-{flags.samples}.json"
-    if step == flags.steps and not path.exists():
-        print(f"drawing {flags.samples} videos from {out}", flush=True)
-        measured = measure_network(out / "ckpt.pt", flags.samples)
+    numbers = f"{flags.steps}-{flags.samples}-{flags.sampling_steps}"
+    path, samples = out / f"trained-{numbers}.json", out / f"samples-{numbers}.npy"
+    if ckpt["step"] == flags.steps and not (path.exists() and (samples.exists() or not flags.fvd)):
+        measured, videos = measure_network(ckpt, flags.samples, flags.sampling_steps)
+        with atomic_write(samples) as file:
+            np.save(file, videos)
         with atomic_write(path, "w") as file:
             json.dump(measured, file)
     if path.exists():
         records[-1] |= json.loads(path.read_text())
+    if flags.fvd and samples.exists():
+        records[-1]["fvd"] = fvd.fvd(mazes_features(i3d, flags, ckpt["config"]), features(i3d, samples))
     return records
 
 
 @torch.no_grad()
-def measure_network(path, count):
-    """-> {"frames": held-out loss by quartile of t and frame, "unexplained": of `count` samples by frame}."""
-    ckpt = load_checkpoint(path)
+def measure_network(ckpt, count, steps):
+    """-> {"frames": held-out loss by quartile of t and frame, "unexplained": of `count` samples by frame}, samples."""
     net, config = load_network(ckpt), ckpt["config"]
     shape = 3, config["frames"], config["size"], config["size"]
     diffusion, videos = Diffusion(config["diffusion_steps"]), MazeVideos(*shape[1:3], "test")
-    sample = functools.partial(diffusion.sample, steps=min(25, diffusion.T), eta=1)
+    sample = functools.partial(diffusion.sample, steps=min(steps, diffusion.T), eta=1)
     losses, samples = torch.zeros(4, shape[1]), []
     with cached_kernels(net, shape[1]):
         for i in range(config["eval_clips"]):  # the clips, timesteps and noise of train.held_out_loss
@@ -114,18 +129,41 @@ def measure_network(path, count):
                 t = (quartile * diffusion.T + t) // 4
                 error = net(diffusion.q_sample(x_0, t, noise), t) - noise
                 losses[quartile] += error.square().mean((0, 1, 3, 4)) / config["eval_clips"]
-        for first in range(0, count, 16):
+        for first in tqdm(range(0, count, 16), f"{count} samples", unit_scale=16):
             generators = sample_generators(config["seed"], range(first, min(first + 16, count)), "cpu")
             samples.append(draw(net, sample, shape, generators))
-    return {"frames": losses.tolist(), "unexplained": unexplained(np.concatenate(samples)).tolist()}
+    samples = np.concatenate(samples)
+    return {"frames": losses.tolist(), "unexplained": unexplained(samples).tolist()}, samples
 
 
 def unexplained(videos):
     """uint8 (n, f, h, w, 3) -> (f - 1,), see the glossary."""
-    before, after = videos[:, :-1].astype(float), videos[:, 1:].astype(float)
-    padded, width = np.pad(before, ((0, 0), (0, 0), (0, 0), (REACH, REACH), (0, 0)), mode="edge"), videos.shape[3]
-    shifted = [np.abs(after - padded[:, :, :, shift:shift + width]).mean(-1) for shift in range(2 * REACH + 1)]
+    before, after, width = videos[:, :-1].astype(float), videos[:, 1:].astype(float), videos.shape[3]
+    reach = max(1, width // 8)
+    padded = np.pad(before, ((0, 0), (0, 0), (0, 0), (reach, reach), (0, 0)), mode="edge")
+    shifted = [np.abs(after - padded[:, :, :, shift:shift + width]).mean(-1) for shift in range(2 * reach + 1)]
     return np.min(shifted, 0).mean((0, 2, 3))
+
+
+def held_out_mazes(config, count, key=1):
+    """-> uint8 (count, f, h, w, 3), other walks for another key."""
+    mazes = MazeVideos(config["frames"], config["size"], "test")
+    return np.stack([mazes.clip(key, i) for i in range(count)])
+
+
+def features(i3d, path, videos=None):
+    """I3D's features (n, 400) of uint8 videos (n, f, h, w, 3) in the file at `path`, which is written from `videos` if
+    it is not there; cached beside it, where `fvd.py --cache` finds them."""
+    if not path.exists():
+        with atomic_write(path) as file:
+            np.save(file, videos)
+    pixels, found = read_videos(path)
+    settings = {"i3d_sha256": fvd.I3D_SHA256, "device": "cpu", "resize": "tf1", "range": "-11", "batch_size": 1}
+    return fvd.features_of(i3d, pixels, *fvd.cut(pixels, found, "fake", found[0]["length"]), settings, path.parent)
+
+
+def mazes_features(i3d, flags, config):
+    return features(i3d, flags.out / f"mazes-{MAZES}.npy", held_out_mazes(config, MAZES))
 
 
 def paired(records, pair, step, value):
@@ -140,7 +178,7 @@ def paired(records, pair, step, value):
     return differences.mean(0), differences.std(0, ddof=1) / len(seeds) ** 0.5
 
 
-def report(records, flags):
+def report(records, flags, config):
     """Print the tables, in Markdown; draw the curves, if matplotlib is there."""
     pairs = [pair for pair in PAIRS if {*pair} <= {*flags.layers}]
     steps = sorted({record["step"] for record in records})
@@ -163,21 +201,62 @@ def report(records, flags):
     rows(trained, flags.steps, lambda record: [np.mean(record["frames"][quartile - 1][PLACES[place]])
                                                for quartile, place in places], "")
 
-    config = load_checkpoint(flags.out / flags.layers[0] / str(flags.seeds[0]) / "ckpt.pt")["config"]
-    mazes = MazeVideos(config["frames"], config["size"], "test")
-    real = np.stack([mazes.clip(1, i) for i in range(4 * flags.samples)])
-    order = np.random.default_rng(0).permuted(np.tile(np.arange(config["frames"]), (len(real), 1)), axis=1)
-    shuffled = np.take_along_axis(real, order[:, :, None, None, None], 1)
+    real = held_out_mazes(config, 128)
     print(f"\n| | unexplained, of 255 |\n|---|---|\n| mazes | {unexplained(real).mean():.2f} |\n"
-          f"| their frames shuffled | {unexplained(shuffled).mean():.2f} |")
+          f"| their frames shuffled | {unexplained(shuffled(real)).mean():.2f} |")
     for layer in flags.layers:
         values = [np.mean(record["unexplained"]) for record in trained if record["layer"] == layer]
         if values:
             print(f"| {layer} | {np.mean(values):.2f} |")
     print("\n| unexplained | difference |\n|---|---|")
     rows(trained, flags.steps, lambda record: np.mean(record["unexplained"]), "")
+    if flags.fvd:
+        print(f"\n| FVD of {flags.samples} samples against {MAZES} mazes | mean over seeds | of each seed |\n"
+              "|---|---|---|")
+        for layer in flags.layers:
+            values = [record["fvd"] for record in trained if record["layer"] == layer and "fvd" in record]
+            error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
+            if values:
+                print(f"| {layer} | {np.mean(values):.1f}{error} | {', '.join(f'{value:.1f}' for value in values)} |")
+        print("\n| FVD | difference |\n|---|---|")
+        rows([record for record in trained if "fvd" in record], flags.steps, lambda record: record["fvd"], "")
     if importlib.util.find_spec("matplotlib"):
         draw_curves(records, pairs, steps, flags.out / "study.png")
+
+
+def shuffled(videos):
+    order = np.random.default_rng(0).permuted(np.tile(np.arange(videos.shape[1]), (len(videos), 1)), axis=1)
+    return np.take_along_axis(videos, order[:, :, None, None, None], 1)
+
+
+def noisy(videos, grey_levels):
+    noise = np.random.default_rng(0).normal(0, grey_levels, videos.shape)
+    return (videos + noise).round().clip(0, 255).astype(np.uint8)
+
+
+def blurred(videos):
+    """By the weights 1 2 1 along height and width."""
+    for axis in (2, 3):
+        padded = np.pad(videos.astype(np.uint16), [(int(i == axis),) * 2 for i in range(5)], mode="edge")
+        before, here, after = (np.take(padded, np.arange(videos.shape[axis]) + i, axis) for i in range(3))
+        videos = (before + 2 * here + after + 2) // 4
+    return videos.astype(np.uint8)
+
+
+def report_disturbed(flags, config, i3d):
+    """What FVD sees, as a table: other mazes than the held-out ones, as they are and disturbed, against those."""
+    mazes = held_out_mazes(config, flags.disturbed, key=2)
+    between = mazes.copy()
+    between[:, 1::2] = np.roll(mazes, 1, 0)[:, 1::2]
+    disturbed = {"as they are": mazes, "backwards": mazes[:, ::-1], "frames shuffled": shuffled(mazes),
+                 "every other frame from another": between,
+                 **{f"noise of {std} grey levels": noisy(mazes, std) for std in (2, 5, 10)},
+                 "blurred by 1 2 1": blurred(mazes)}
+    print(f"\n| {len(mazes)} mazes against {MAZES} others | FVD | unexplained, of 255 |\n|---|---|---|")
+    for name, videos in disturbed.items():
+        path = flags.out / f"mazes-{len(mazes)}-{name.replace(' ', '-')}.npy"
+        distance = fvd.fvd(mazes_features(i3d, flags, config), features(i3d, path, videos))
+        print(f"| {name} | {distance:.1f} | {unexplained(videos).mean():.2f} |", flush=True)
 
 
 def draw_curves(records, pairs, steps, path):
