@@ -662,10 +662,10 @@ def check_together(args):
             raise UserError(f"{as_flag(name)}{'' if value is True else ' ' + shown(value)}: {expected}")
 
     takes, levels = TAKES[args.temporal], len(args.channel_mults)
-    others = ", ".join(map(as_flag, sorted(takes))) or "no such flags"
-    for name in sorted(NOT_ALL_TAKE - takes):
-        refuse(name in args.given or name == "causal" and args.causal, name,
-               f"--temporal {args.temporal} does not use it; it takes {others}")
+    unused = [as_flag(name) for name in sorted(NOT_ALL_TAKE - takes)
+              if name in args.given or name == "causal" and args.causal]
+    refuse(unused, "temporal", f"it does not use {', '.join(unused)}; it takes "
+           + (", ".join(map(as_flag, sorted(takes))) or "none of the flags that not all layers take"))
     shares = processes()[2] * (args.grad_accum if "grad_accum" in args.given else 1)
     refuse(args.size % 2 ** (levels - 1), "size", f"expected a multiple of {2 ** (levels - 1)}, for {levels} levels")
     refuse(args.batch_size % shares, "batch_size", f"expected a multiple of processes x --grad-accum, {shares}")
