@@ -41,8 +41,10 @@ def run(name, main, *told):
         sys.exit(status)
     except KeyboardInterrupt:
         message = "interrupted; run the same command again"
-    except (UserError, OSError, *told) as error:
-        message, for_all = str(error), not isinstance(error, OSError)
+    except (UserError, *told) as error:
+        message, for_all = str(error), True
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
             message = (f"out of memory ({gist(error)}); try a smaller --batch-size; of train.py, "
@@ -63,6 +65,10 @@ def gist(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def plural(count, noun):
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 # ---------------------------------------------------------------------------------------- flags
 
 
@@ -73,20 +79,31 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def number(kind, least, most, open_end=False):
+def number(kind, least, most, multiple_of=None, open_end=False):
     """-> an argparse type: int or float (`kind`) from `least`, or above it if `open_end`, to `most`."""
+    wanted = f"a {'whole ' if kind is int else ''}number {'above' if open_end else 'of at least'} {least}"
+    wanted = f"a multiple of {multiple_of}" if multiple_of else wanted
+    wanted += f", at most {most}" if most < 2 ** 31 - 1 else ""
+
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value <= most or open_end and value == least:
-            whole, bound = "a whole" if kind is int else "a", "above" if open_end else "of at least"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {whole} number {bound} {least}"
-                                             + f", at most {most}" * (most < 2 ** 31 - 1 or value > most)
-                                             + "; put blanks between several" * ("," in text))
+        if not least <= value <= most or open_end and value == least or multiple_of and value % multiple_of:
+            several = "; put blanks between several" if "," in text else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}{several}")
         return value
     return parse
+
+
+def shown(value):
+    """A setting in words, as on the command line."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    if value is None or isinstance(value, bool):
+        return {None: "unset", True: "on", False: "off"}[value]
+    return str(value)
 
 
 positive_int, non_negative_int = number(int, 1, 2 ** 31 - 1), number(int, 0, 2 ** 31 - 1)

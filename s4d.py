@@ -249,11 +249,15 @@ def convolve(u, ssms):
         return [ssm.past.step(u) for ssm in ssms]
     K = ssms[0].impulse_response(u.shape[1], *ssms[1:])                                     # k d L
     videos = u.reshape(*u.shape[:2], -1, u.shape[-1])                                       # b L p d
-    # A GPU's matrix units make the Toeplitz matrix cheap while its d·L² entries fit; on a CPU it pays if frames are
-    # no more than positions. Never chosen by the batch: a video comes out the same whatever else is in it.
-    most = min(1024, videos.shape[2] if u.device.type == "cpu" else math.isqrt(2 ** 27 // u.shape[-1]))
-    by = toeplitz_conv if u.shape[1] <= most else fft_conv
+    by = toeplitz_conv if toeplitz_pays(*videos.shape[1:], u.device) else fft_conv
     return [y.reshape(u.shape) for y in by(videos, K, [ssm.reverse for ssm in ssms])]
+
+
+def toeplitz_pays(L, positions, d, device):
+    """Whether the Toeplitz matrix is faster than the FFT. A GPU's matrix units make it cheap while its d·L² entries fit;
+    on a CPU it pays if frames are no more than positions. Never chosen by the batch: a video comes out the same whatever
+    else is in it."""
+    return L <= min(1024, positions if device.type == "cpu" else math.isqrt(2 ** 27 // d))
 
 
 @contextlib.contextmanager

@@ -974,7 +974,7 @@ def test_resumed_training_is_the_same_bit_for_bit(trained, half_trained, tmp_pat
     before = sample.load_checkpoint(out / "ckpt.pt")
     assert all(torch.equal(before["ema"][name], p) for name, p in before["model"].items())
     with open(out / "log.jsonl", "a") as log:  # as after a kill: later than the checkpoint, in the middle of a line
-        log.write('{"step": 3, "loss": 0}\n{"step": 4, "lo')
+        log.write('{"step": 3, "loss": 0}\n\n\0\0\0\n{"step": 4, "lo')
     run_train("--steps", 4, "--out", out, "--save-every", 1)
     assert "resuming from step 2 of 4" in capsys.readouterr().out
     assert_same_run(trained, out)
@@ -1001,8 +1001,9 @@ def test_a_signal_to_the_whole_process_group_loses_nothing(tmp_path):
 def test_a_stop_while_samples_are_drawn_leaves_them_out(trained, tmp_path, monkeypatch):
     taken = []
 
-    def sampled(self, net, shape, generators, progress, known, steps, eta):
-        assert not any(p.grad_fn for p in net.func.parameters()), "autograd would keep something of every update of the EMA"
+    def sampled(self, net, shape, generators, progress, **sampler):
+        ema = net.func
+        assert not any(p.grad_fn for p in ema.parameters()), "autograd would keep something of every update"
         for step in progress(range(1000)):
             taken.append(step)
             signal.raise_signal(signal.SIGTERM)
@@ -1016,6 +1017,20 @@ def test_a_stop_while_samples_are_drawn_leaves_them_out(trained, tmp_path, monke
     with monkeypatch.context() as patch, pytest.raises(SystemExit):  # a second one ends it at once
         patch.setattr(Diffusion, "sample", lambda *_, **__: [signal.raise_signal(signal.SIGTERM) for _ in range(2)])
         run_train("--steps", 6, "--out", tmp_path)
+
+
+def test_a_stop_ends_the_wait_for_a_batch_and_saves_the_last_step(trained, tmp_path, monkeypatch):
+    def stalling(*args, **settings):
+        yield from itertools.islice(data.batches(*args, **settings), 3)
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("waits for ever")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "batches", stalling)
+        run_train("--steps", 4, "--out", tmp_path)  # is saved after 2 and 4
+    assert read_log(tmp_path)[-1]["step"] == sample.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
+    run_train("--steps", 4, "--out", tmp_path)
+    assert_same_run(tmp_path, trained)
 
 
 class Killed(BaseException):
@@ -1081,13 +1096,46 @@ def test_a_run_resumes_from_its_folder_alone(run_folder, monkeypatch, capsys):
     torch.save({name: ckpt[name] for name in ("step", "config", "unet", "ema")}, run_folder / "ckpt.pt")
     with pytest.raises(UserError, match="no optimiser state"):  # as the one in assets/
         run_train("--out", run_folder, "--steps", 6, defaults=[])
-    (run_folder / "ckpt.pt").unlink()
-    capsys.readouterr()
-    run_train("--out", run_folder, "--steps", 5, defaults=[])
-    assert "resuming from step 4" in capsys.readouterr().out, "from ckpt_previous.pt"
+    for name, damage in [("absent", Path.unlink), ("cut", lambda path: os.truncate(path, 1000)),
+                         ("empty", lambda path: path.write_bytes(bytes(1000)))]:
+        out = shutil.copytree(run_folder, run_folder.with_name(name))
+        damage(out / "ckpt.pt")
+        capsys.readouterr()
+        run_train("--out", out, "--steps", 5, defaults=[])
+        assert "resuming from step 4" in capsys.readouterr().out, "from ckpt_previous.pt"
     for path in run_folder.glob("ckpt*"):  # killed before its first checkpoint
         path.unlink()
     assert train.parse_args(["--out", str(run_folder)]).frames == 5
+
+
+def test_a_run_of_older_code_resumes_but_for_the_loss_that_is_no_more(run_folder):
+    path = run_folder / "ckpt.pt"
+    ckpt = torch.load(path, weights_only=True)
+    for name in ("causal", "data_fingerprint", "data_stride"):
+        del ckpt["config"][name]
+    for loss in ("l2", "l1"):
+        ckpt["config"]["loss"] = loss
+        (run_folder / "config.json").write_text(json.dumps(ckpt["config"]))
+        torch.save(ckpt, path)
+        with contextlib.nullcontext() if loss == "l2" else pytest.raises(UserError, match="--loss l1"):
+            run_train("--out", run_folder, "--steps", 5, defaults=[])
+    assert read_log(run_folder)[-1]["step"] == 5
+
+
+def test_the_data_of_a_run_may_move_but_not_change(tmp_path):
+    videos = np.random.default_rng(0).integers(0, 256, (2, 3, 9, 8, 8, 3), dtype=np.uint8)
+    for number, name in enumerate(("a.npy", "other.npy")):
+        np.save(tmp_path / name, videos[number])
+    np.save(tmp_path / "one.npy", videos[0, 0])
+    run_train("--data", tmp_path / "a.npy", "--steps", 1, "--out", tmp_path / "run", *NO_SAMPLES)
+    assert "1 clip of 9 frames from 1 video" in train.open_data(train.parse_args(
+        ["--data", str(tmp_path / "one.npy"), "--frames", "9", "--size", "8"]))[2]
+    (tmp_path / "a.npy").rename(tmp_path / "b.npy")
+    run_train("--data", tmp_path / "b.npy", "--steps", 2, "--out", tmp_path / "run", *NO_SAMPLES)
+    assert read_log(tmp_path / "run")[-1]["step"] == 2
+    (tmp_path / "other.npy").rename(tmp_path / "b.npy")
+    with pytest.raises(UserError, match="its videos are not those"):
+        run_train("--data", tmp_path / "b.npy", "--steps", 3, "--out", tmp_path / "run", *NO_SAMPLES)
 
 
 @pytest.mark.parametrize("flags", [[], ["--memory-gb"]])
@@ -1104,14 +1152,14 @@ def test_micro_batches_fit_in_memory(flags, gigabytes, parts, recompute, monkeyp
     monkeypatch.setattr(memory, "peak_memory", lambda device: 2**30)
     args = train.parse_args(["--preset", "tiny", *flags])
     if parts is None:
-        with pytest.raises(UserError, match="0.5 GB .* 0.4 GB"):
+        with pytest.raises(UserError, match="0.5 GB of 0.4"):
             memory.fit_memory(args, train.unet_config(args), torch.device("cpu"))
     else:
         memory.fit_memory(args, train.unet_config(args), torch.device("cpu"))
         assert (args.grad_accum, args.grad_checkpoint) == (parts, recompute)
     if recompute:
         args = train.parse_args(["--preset", "tiny", "--no-grad-checkpoint", *flags])
-        with pytest.raises(UserError, match="1.0 GB even with single clips; 0.9 GB"):
+        with pytest.raises(UserError, match="1.0 GB of 0.9"):
             memory.fit_memory(args, train.unet_config(args), torch.device("cpu"))
 
 
@@ -1121,7 +1169,7 @@ def test_processes_choose_the_same_micro_batches(monkeypatch):
     others = iter([False, False, False, True])  # for 2, then 1, 2, 4
     monkeypatch.setattr(memory, "gather", lambda value: [value, next(others)])
     args = train.parse_args("--preset tiny --grad-accum 2".split())
-    args.fixed = set()
+    args.given = []
     memory.fit_memory(args, train.unet_config(args), torch.device("cpu"))
     assert args.grad_accum == 4
 
@@ -1132,9 +1180,11 @@ def assert_same_curve(ours, expected, rel_tol):
             assert math.isclose(one.get(name, 0), two.get(name, 0), rel_tol=rel_tol)
 
 
-def test_micro_batches_and_recomputation_do_not_change_a_run(half_trained, tmp_path):
-    run_train("--steps", 2, "--out", tmp_path, "--grad-accum", 4, "--grad-checkpoint", "--grid-samples", 0)
-    assert_same_curve(tmp_path, half_trained, 1e-5)
+def test_micro_batches_and_recomputation_do_not_change_a_run(tmp_path):
+    for out, flags in ("whole", []), ("parts", ["--grad-accum", 4, "--grad-checkpoint"]):
+        # at 1e-2 the first steps of Adam make much of other roundings
+        run_train("--steps", 2, "--lr", 1e-4, "--grid-samples", 0, "--out", tmp_path / out, *flags)
+    assert_same_curve(tmp_path / "parts", tmp_path / "whole", 1e-5)
 
 
 def test_the_memory_of_a_step_is_that_of_its_tensors():
@@ -1151,6 +1201,17 @@ def test_the_memory_of_a_step_is_that_of_its_tensors():
         peaks.append(live.peak)
     estimate = (memory.step_memory(config, shape, device, "bf16", grad_checkpoint=True) - 2**28) / 1.1
     assert estimate == pytest.approx(peaks[1], rel=0.02) and peaks[1] < 0.7 * peaks[0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temporal": "attention", "attention_impl": "math"}])
+@pytest.mark.parametrize("clips, frames, recompute", [(1, 200, False), (3, 90, True)])
+def test_the_memory_of_long_videos_is_extended_from_short_ones(settings, clips, frames, recompute, monkeypatch):
+    config, shape = UNetConfig(**TINY | settings), (clips, 3, frames, 32, 32)
+    estimates = []
+    for rows in (2 ** 40, 2 ** 15):  # counted whole, and 32, 64 and 96 frames
+        monkeypatch.setattr(memory, "counted_rows", lambda device: rows)
+        estimates.append(memory.step_memory(config, shape, torch.device("cpu"), "float32", recompute))
+    assert estimates[1] == pytest.approx(estimates[0], rel=0.2)
 
 
 def test_one_clip_is_overfitted_in_bfloat16_as_in_float32(tmp_path, monkeypatch):
@@ -1189,8 +1250,8 @@ def test_held_out_losses_and_pictures_are_of_the_ema(trained, tmp_path):
     expected = train.held_out_loss(net, Diffusion(4), MazeVideos(5, 8, "test"), args)["held_out_loss"]
     assert read_log(trained)[-1]["held_out_loss"] == pytest.approx(expected, rel=1e-6)
     with s4d.cached_kernels(net, 5):
-        sampler = functools.partial(Diffusion(4).sample, steps=4, eta=1)
-        videos = draw(net, sampler, (3, 5, 8, 8), sample_generators(0, [0, 1]))
+        few_steps = functools.partial(Diffusion(4).sample, steps=4, eta=1.0)
+        videos = draw(net, few_steps, (3, 5, 8, 8), sample_generators(0, [0, 1]))
     sample.save_gif(tmp_path / "a.gif", videos)
     assert (tmp_path / "a.gif").read_bytes() == (trained / "samples" / "step_0000004.gif").read_bytes()
 
@@ -1246,6 +1307,10 @@ def test_presets_and_explicit_flags():
         assert (args.ema_decay, args.ema_every, args.ema_start) == (0.995, 10, 2000)
     assert train.unet_config(train.parse_args([])) == UNetConfig()
     assert [train.parse_args(flags.split()).split for flags in ("", "--preset ucf101-32")] == ["train", "all"]
+    for flags, says in [("", "nearest"), ("", "mazes"), ("--preset carla-256", "mazes"), ("--preset tiny", "ours")]:
+        args = train.parse_args(flags.split())
+        [first, *_] = train.describe(args, torch.nn.Linear(1, 1)).splitlines()
+        assert says in first and ("nearest" in first) == (not flags) and args.preset in first
     variant = train.parse_args("--preset tiny --temporal gss --unidirectional --mlp-dim 512 --lr 1".split())
     assert variant.out == Path("out/tiny-gss-mlp-dim-512-unidirectional")
     args = train.parse_args("--preset carla-256 --base-channels 112 --temporal attention".split())
@@ -1534,11 +1599,12 @@ def bad_files(tmp_path_factory):
 
 BAD_INPUT = {
     "train": "--frames 0; --lr nan; --temporal rnn; --nonsense; --base-channels 12; --channel-mults 1 2 4 8 --size 12; "
-             "--grad-accum 2 --batch-size 5; --temporal attention; --channel-mults 1 --size 4; --data missing; "
+             "--grad-accum 2 --batch-size 5; --temporal attention --unidirectional; --temporal attention --causal; --channel-mults 1 --size 4; "
+             "--data missing; --dry-run --data short.npy --frames 9; --size 5 --channel-mults 1 2 --dry-run --size 5; "
              "--data empty; --data notes.txt; --data float.npy; --data zero.npy; --data cut.npy; --data pipe.npy; "
              "--data list.npy; --data fewer.npy; --data short.npy --frames 9; --data short.npy --size 16; "
              "--data short.npy --split test; --classes --data short.npy; --device gpu; --out file; --frames 999999999; "
-             "--fvd-every 3 --frames 9 --i3d missing.pt",
+             "--fvd-every 3 --frames 8",
     "sample": "--ckpt missing.pt; --ckpt text.mp4; --ckpt code.pt; --ckpt other.pt; --num 0; --eta 1.5; --guidance -1; "
               "--condition short.npy; --out x.txt; --ckpt CKPT --size 9; --ckpt CKPT --class red; "
               "--ckpt CKPT --weights model; --ckpt CKPT --condition short.npy --given 0:2 --condition-start 5; "
@@ -1567,7 +1633,7 @@ def test_bad_input_is_one_line(script, flags, small_checkpoint, bad_files, monke
     words = flags.replace("CKPT", str(small_checkpoint)).split()
     code = run_command(script, *defaults.get(script, []), *words)
     error = capfd.readouterr().err + (code if isinstance(code, str) else "")
-    assert code and "".join(words[-1:]) in error and "Traceback" not in error
+    assert code and "".join(words[-1:]) in error and not re.search("Traceback|Errno| True", error)
     assert len(error.strip().splitlines()) == 1, error
     assert {path: path.read_bytes() for path in Path().glob("*") if path.is_file()} == before
 
