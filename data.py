@@ -169,8 +169,8 @@ def in_processes(function, items, workers):
         return
     receivers = []
     for first in range(workers):
-        receiver, sender = multiprocessing.Pipe(duplex=False)
-        multiprocessing.Process(target=work, args=(function, items[first::workers], sender), daemon=True).start()
+        pipe = receiver, sender = multiprocessing.Pipe(duplex=False)
+        multiprocessing.Process(target=work, args=(function, items[first::workers], *pipe), daemon=True).start()
         sender.close()
         receivers.append(receiver)
     for item, receiver in zip(items, itertools.cycle(receivers)):
@@ -181,7 +181,8 @@ def in_processes(function, items, workers):
         yield result
 
 
-def work(function, items, sender):
+def work(function, items, receiver, sender):
+    receiver.close()  # the main process's end, of which a forked process has a copy
     # Ctrl-C goes to every process of a terminal: what it means is the main process's to decide, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -476,7 +477,7 @@ def read_images(path, size):
     """The frames of a video as PIL images, scaled down to no less than twice `size`, or not at all."""
     files, kind = files_of(path), path.suffix.lower()
     if not all(file.is_file() for file in files):  # reading a pipe would wait for ever
-        raise DataError("is not there, or not a regular file")
+        raise DataError("is not there, may not be read, or is not a regular file")
     if kind in FRAME_FILES and not path.is_dir():
         raise DataError("is a picture; those beside videos are not used")
     if path.is_dir():

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import runpy
+import select
 import shlex
 import shutil
 import signal
@@ -1550,6 +1551,50 @@ def test_batches_do_not_depend_on_world_size_first_step_or_workers(three_videos)
     assert torch.equal(steps[3][1], torch.from_numpy(videos.clip(7, 3, 1)))
 
 
+class Stuck:
+    """Videos of which step 2's clips never come."""
+
+    def clip_and_label(self, seed, step, i):
+        if step == 2:
+            time.sleep(60)
+        return np.zeros((9, 99, 99, 3), np.uint8), None
+
+
+@pytest.mark.parametrize("ends", ["a worker's death", "a signal"])
+def test_what_ends_the_wait_for_data(ends, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/tmp/" + "long" * 35)
+    before, loader = set(multiprocessing.active_children()), data.batches(Stuck(), range(2), 0, workers=2)
+    assert next(loader).shape == (2, 9, 99, 99, 3)
+    workers = set(multiprocessing.active_children()) - before
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)  # theirs, too, if it comes from the terminal
+    next(loader)
+
+    def on_alarm(*_):
+        if ends == "a signal":
+            raise Killed
+        for worker in workers:
+            worker.kill()
+
+    handler = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    with pytest.raises(Killed if ends == "a signal" else data.DataError):
+        next(loader)
+    signal.signal(signal.SIGALRM, handler)
+
+
+def test_workers_end_with_the_main_process(tmp_path):
+    os.mkfifo(tmp_path / "alive")
+    main = fork(f"import sys, time; sys.path.insert(0, {str(HERE)!r}); import data; "
+                f"alive = open({str(tmp_path / 'alive')!r}, 'w')\n"  # the workers have it open, too
+                "for step in data.batches(data.open_videos(None, 64, 32), range(4), 0, workers=3):\n"
+                "    print(file=alive, flush=True)\n    time.sleep(60)")
+    with open(tmp_path / "alive") as alive:
+        alive.readline()
+        main.kill()
+        assert select.select([alive], [], [], 30)[0] and alive.read() == "", "nobody has it open any more"
+
+
 def test_pack_reads_every_kind_of_video(tmp_path):
     source = tmp_path / "source"
     write_mp4(source / "jump" / "clip one ü.mp4", 6)
@@ -1678,18 +1723,18 @@ def test_what_looks_like_a_video_or_picture_is_used_or_listed(tmp_path, monkeypa
     (source / "clip" / "@eaDir").mkdir()
     (source / "lost+found").mkdir()
     write_mp4(source / "b" / "a.mpg", 4, codec="mpeg1video")
-    write_mp4(source / "b" / "b.ts", 4, codec="mpeg2video", rate=50)
+    write_mp4(source / "b" / "b.wmv", 4, codec="wmv2", rate=50)
 
     def scandir(path, scandir=os.scandir):
-        if Path(path).name == "lost+found":
-            raise PermissionError(13, "Permission denied", os.fspath(path))
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "lost+found")
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("lost+found"))
     index = data.pack(source, tmp_path / "packed.npy", size=8, workers=1)
     assert [(video["name"], video["fps"]) for video in index["videos"]] == [
-        ("b/a.mpg", 25), ("b/b.ts", 50), ("clip", None), ("clip/masks", None)]
+        ("b/a.mpg", 25), ("b/b.wmv", 50), ("clip", None), ("clip/masks", None)]
     assert [video["name"] for video in index["skipped"]] == ["animated", "b/poster.jpg", "lost+found", "pages",
                                                               "still/0.webp"]
     assert "25 to 50 frames per second" in capsys.readouterr().out
