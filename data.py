@@ -51,8 +51,7 @@ class DataError(ValueError):
 def to_float(video):
     """uint8 (..., f, h, w, 3) -> float32 (..., 3, f, h, w), 0..255 -> [-1, 1]. Raises ValueError."""
     if video.dtype != torch.uint8 or video.ndim < 4 or video.shape[-1] != 3:
-        raise ValueError("to_float takes a uint8 tensor (..., frames, height, width, 3), not a "
-                         f"{type(video).__name__} of {video.dtype} {tuple(video.shape)}")
+        raise ValueError(f"to_float takes uint8 (..., frames, height, width, 3), not {video.dtype} {tuple(video.shape)}")
     return video.movedim(-1, -4).float().div(127.5).sub(1).contiguous()
 
 
@@ -87,8 +86,8 @@ class PackedVideos:
     """Clips of packed videos, memory-mapped; every window of every video of the split is equally likely.
 
     path: what `read_videos` takes. Attributes: splits, those that the file has; videos, the index entries of the
-    split's long enough videos; num_too_short; num_windows, which is also len(): that many different clips there are;
-    stride: every stride-th frame was packed (1 if unknown). Raises DataError if there are none, or of another size.
+    split's long enough videos; num_too_short; num_windows, the number of different clips; stride, every how many frames
+    one was packed (1 if unknown). Raises DataError if there are none, or of another size.
     """
 
     def __init__(self, path, frames, size, split="train"):
@@ -101,9 +100,9 @@ class PackedVideos:
         self.videos = [video for video in chosen if video["length"] >= frames]
         self.num_too_short = len(chosen) - len(self.videos)
         if not self.videos:
-            longest = max([video["length"] for video in chosen], default=0)
-            raise DataError(f"--frames {frames}: of split {split!r} the longest video in {path} has {longest}; its "
-                            f"splits are {' and '.join(self.splits)}")
+            lengths = [video["length"] for video in chosen]
+            raise DataError(f"--frames {frames}: {path} has no video that long of split {split!r} (of "
+                            f"{' and '.join(self.splits)}); the longest has {max(lengths, default=0)} frames")
         self.stride = read_index(Path(self.pixels.filename)).get("stride", 1)
         windows = np.array([video["length"] - frames + 1 for video in self.videos])
         self.num_windows = int(windows.sum())
@@ -111,13 +110,10 @@ class PackedVideos:
 
     @functools.cached_property
     def fingerprint(self):
-        """A hash of the contents, wherever they lie: all videos' lengths, labels and splits, and 256 of their frames."""
+        """A hash of all videos' lengths, labels and splits and of 256 frames: the same wherever the file lies."""
         about = [[video["length"], video["label"], video["split"]] for video in self.all_videos]
         frames = self.pixels[np.linspace(0, len(self.pixels) - 1, 256).astype(int)]
         return hashlib.sha256(json.dumps([frames.shape, about]).encode() + frames.tobytes()).hexdigest()[:16]
-
-    def __len__(self):
-        return self.num_windows
 
     def clip_and_label(self, *key):
         """key: non-negative integers -> uint8 (frames, size, size, 3), and the label of the video it is cut from."""
@@ -144,7 +140,7 @@ def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=Fa
 
     Each is a uint8 tensor (b, f, h, w, 3) whose row for sample index i at step s is videos.clip(seed, s, i); with
     labels it is (that tensor, the list of the b labels, each a str or None). Of a global batch each process names its
-    own sample indices. `workers` processes read one batch ahead each; 0 reads in this one. Raises DataError if one dies.
+    own sample indices. `workers` processes read one batch ahead each; 0: this one reads. Raises DataError if one dies.
     """
     batch_of = functools.partial(batch_of_step, videos, sample_indices, seed)
     for clips, labels in in_processes(batch_of, range(first_step, 2**62), workers):
@@ -161,8 +157,8 @@ def batch_of_step(videos, sample_indices, seed, step):
 def in_processes(function, items, workers):
     """Yield function(item) for each of a sequence of items, in order, computed by that many processes, or by this one.
 
-    Each worker has a pipe of its own, so that the death of either side closes it to the other, even in the middle of a
-    result. (DataLoader's workers share one: arrays that one of them has sent in part would block all others.)
+    The death of a worker, or of this process, closes the worker's own pipe: the other side notices at once, even in the
+    middle of a result. (DataLoader's workers share a pipe, which then blocks.) Raises DataError if a worker dies.
     """
     if not workers:
         yield from map(function, items)
@@ -183,7 +179,7 @@ def in_processes(function, items, workers):
 
 def work(function, items, receiver, sender):
     receiver.close()  # the main process's end, of which a forked process has a copy
-    # Ctrl-C goes to every process of a terminal: what it means is the main process's to decide, which ends its workers.
+    # Ctrl-C goes to every process of a terminal; what it means is the main process's to decide.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with contextlib.suppress(BrokenPipeError):  # nobody wants the rest
@@ -248,8 +244,7 @@ def open_array(path):
     except Exception as error:  # both raise all kinds of them for a damaged file
         raise DataError(f"{path} is damaged, or holds no array or tensor ({type(error).__name__})") from None
     if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-1] != 3 or not array.flags.c_contiguous:
-        raise DataError(f"{path} holds {array.dtype} {array.shape}; expected uint8 (frames, height, width, 3), or the "
-                        f"same with the number of videos in front, in C order")
+        raise DataError(f"{path} holds {array.dtype} {array.shape}; expected uint8 ([videos,] frames, height, width, 3)")
     return array
 
 
@@ -277,8 +272,9 @@ def read_whole_videos(path, size):
 
 # ---------------------------------------------------------------------------------------- packing
 
-VIDEO_FILES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".mts", ".m2ts",
-               ".wmv", ".asf", ".flv", ".3gp", ".ogv", ".mxf", ".y4m", ".gif", ".webp", ".apng", ".npy", ".pt"}
+ANIMATIONS = {".gif", ".webp", ".apng"}
+VIDEO_FILES = ANIMATIONS | {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".m2v", ".vob", ".ts",
+                            ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".3gp", ".ogv", ".mxf", ".y4m", ".npy", ".pt"}
 FRAME_FILES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2", ".avif", ".heic"}
 SPLIT_FOLDERS = {"train": "train", "training": "train",
                  "test": "test", "testing": "test", "val": "test", "valid": "test", "validation": "test"}
@@ -300,20 +296,20 @@ def pack_into_cache(source, size):
 def pack(source, out, size, workers=None, min_frames=1, stride=1, test_fraction=0):
     """Pack every video in the folder `source` (or the one file) into `out` and its index -> the index.
 
-    Every `stride`-th frame; shorter side resized to `size` with antialiasing, then cropped around the centre. Sorted by
-    name, whatever the number of `workers` (default: two per core). A video's label is its folder's name; its split is
-    UCF101's official one (trainlist01.txt, testlist01.txt in or beside the source) or else that of a folder called
-    train or test above it, or else by `hold_out`. Videos that cannot be decoded, or of which fewer than `min_frames`
-    frames are kept, are skipped and listed with the reason. Raises OSError and DataError, also if nothing is usable.
+    Every `stride`-th frame; shorter side resized to `size`, then cropped around the centre. Sorted by name, whatever
+    the number of `workers` (default: two per core). A video's label is its folder's name; its split is UCF101's
+    official one (trainlist01.txt, testlist01.txt in or beside the source) or that of a folder called train or test
+    above it, or else by `hold_out`. Videos that cannot be decoded, or of which fewer than `min_frames` frames are kept,
+    are listed with the reason. Raises OSError and DataError, also if no video is usable.
     """
     found = find_videos(Path(source))
     if test_fraction:
         hold_out(found, test_fraction)
-    about = {"size": size, "stride": stride, "min_frames": min_frames, "test_fraction": test_fraction,
-             "files": hash_of_files(found)}
-    decode_one = functools.partial(decode, size=size, min_frames=min_frames, stride=stride)
-    workers = min(workers or 2 * cpus(), len(found))  # results are taken in order: some wait for a longer video's
-    decoded = in_processes(decode_one, [video["path"] for video in found], workers)
+    settings = {"size": size, "stride": stride, "min_frames": min_frames}
+    # Twice as many workers as cores: results are taken in order, so that some wait for that of a longer video.
+    decoded = in_processes(functools.partial(decode, **settings), [video["path"] for video in found],
+                           min(workers or 2 * cpus(), len(found)))
+    about = settings | {"test_fraction": test_fraction, "files": hash_of_files(found)}
     return write_packed(out, about, len(found), zip(found, decoded))
 
 
@@ -475,28 +471,24 @@ def over_black(image):
 
 def read_images(path, size):
     """The frames of a video as PIL images, scaled down to no less than twice `size`, or not at all."""
-    files, kind = files_of(path), path.suffix.lower()
+    files, is_folder, kind = files_of(path), path.is_dir(), path.suffix.lower()
     if not all(file.is_file() for file in files):  # reading a pipe would wait for ever
         raise DataError("is not there, may not be read, or is not a regular file")
-    if kind in FRAME_FILES and not path.is_dir():
-        raise DataError("is a picture; those beside videos are not used")
-    if path.is_dir():
+    if is_folder or kind in FRAME_FILES | ANIMATIONS:
         for file in files:
             with Image.open(file) as image:
+                animated = getattr(image, "is_animated", False) and image.format != "MPO"  # a JPEG and its preview
+                if animated == is_folder:
+                    raise DataError(f"{file.name} is {'several pictures' if animated else 'one picture'}; expected a "
+                                    "video, or a folder of pictures and nothing else")
                 if image.mode[0] in "IF":  # Pillow would cut these off at 255, not scale them
                     raise DataError(f"{file.name} has more than 8 bits per channel")
-                if getattr(image, "is_animated", False) and image.format != "MPO":  # a camera's JPEG, with a preview
-                    raise DataError(f"{file.name} holds {image.n_frames} pictures; expected one per file")
-                yield ImageOps.exif_transpose(image)
+                frames = ImageSequence.Iterator(image) if animated else [image]  # partial ones on top of those before
+                yield from map(ImageOps.exif_transpose, frames)
     elif kind in (".npy", ".pt"):
-        if kind == ".npy" and read_index(path):
+        if read_index(path):
             raise DataError("is packed already: there is an index beside it")
         yield from map(Image.fromarray, open_array(path))
-    elif kind in (".gif", ".webp", ".apng"):
-        with Image.open(path) as image:
-            if not getattr(image, "is_animated", False):
-                raise DataError("is a still picture, which is used in folders of PNG, JPEG or TIFF alone")
-            yield from ImageSequence.Iterator(image)  # partial frames on top of those before
     else:
         yield from read_film(path, size)
 
