@@ -51,7 +51,7 @@ class DataError(ValueError):
 def to_float(video):
     """uint8 (..., f, h, w, 3) -> float32 (..., 3, f, h, w), 0..255 -> [-1, 1]. Raises ValueError."""
     if video.dtype != torch.uint8 or video.ndim < 4 or video.shape[-1] != 3:
-        raise ValueError(f"to_float takes uint8 (..., frames, height, width, 3), not {video.dtype} {tuple(video.shape)}")
+        raise ValueError(f"to_float takes uint8 (..., frames, height, width, 3), got {video.dtype} {video.shape}")
     return video.movedim(-1, -4).float().div(127.5).sub(1).contiguous()
 
 
@@ -142,8 +142,8 @@ def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=Fa
     labels it is (that tensor, the list of the b labels, each a str or None). Of a global batch each process names its
     own sample indices. `workers` processes read one batch ahead each; 0: this one reads. Raises DataError if one dies.
     """
-    batch_of = functools.partial(batch_of_step, videos, sample_indices, seed)
-    for clips, labels in in_processes(batch_of, range(first_step, 2**62), workers):
+    make_batch, steps = functools.partial(batch_of_step, videos, sample_indices, seed), range(first_step, 2**62)
+    for clips, labels in in_processes(make_batch, steps, workers) if workers else map(make_batch, steps):
         clips = torch.from_numpy(clips)
         clips = clips.pin_memory() if pin_memory else clips
         yield (clips, labels) if with_labels else clips
@@ -155,14 +155,11 @@ def batch_of_step(videos, sample_indices, seed, step):
 
 
 def in_processes(function, items, workers):
-    """Yield function(item) for each of a sequence of items, in order, computed by that many processes, or by this one.
+    """Yield function(item) for each of a sequence of items, in order, computed by that many processes.
 
     The death of a worker, or of this process, closes the worker's own pipe: the other side notices at once, even in the
     middle of a result. (DataLoader's workers share a pipe, which then blocks.) Raises DataError if a worker dies.
     """
-    if not workers:
-        yield from map(function, items)
-        return
     receivers = []
     for first in range(workers):
         pipe = receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -171,10 +168,9 @@ def in_processes(function, items, workers):
         receivers.append(receiver)
     for item, receiver in zip(items, itertools.cycle(receivers)):
         try:
-            result = receiver.recv()
+            yield receiver.recv()
         except (EOFError, OSError):
             raise DataError(f"a worker process died at {item}; is there too little memory?") from None
-        yield result
 
 
 def work(function, items, receiver, sender):
@@ -191,8 +187,8 @@ def read_videos(path, size=None):
     """-> the memory map of all frames, uint8 (total frames, h, w, 3), and the index's list of videos. Raises DataError.
 
     path: a packed .npy file; or one without an index, where (n, frames, h, w, 3) is n videos, as sample.py writes them
-    (with their labels in NAME.npy.json), and (frames, h, w, 3) is one, all of them "train"; or a folder of videos or a
-    video file, which is packed once at size x size, see `pack_into_cache`.
+    (with labels in NAME.npy.json), and (frames, h, w, 3) is one, all of them "train"; or a folder of videos or a video
+    file, which `pack_into_cache` packs once.
     """
     path = Path(path)
     if path.suffix.lower() != ".npy":
@@ -203,7 +199,7 @@ def read_videos(path, size=None):
     if videos is None:
         count, length = array.shape[:2] if array.ndim == 5 else (1, len(array))
         labels = read_json(path.with_name(path.name + ".json")).get("labels")
-        if not (isinstance(labels, list) and len(labels) == count and all(isinstance(label, str) for label in labels)):
+        if not isinstance(labels, list) or [type(label) for label in labels] != [str] * count:
             labels = [None] * count
         videos = [{"name": f"{path.name}[{i}]", "start": i * length, "length": length, "label": label, "split": "train"}
                   for i, label in enumerate(labels)]
@@ -244,7 +240,7 @@ def open_array(path):
     except Exception as error:  # both raise all kinds of them for a damaged file
         raise DataError(f"{path} is damaged, or holds no array or tensor ({type(error).__name__})") from None
     if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-1] != 3 or not array.flags.c_contiguous:
-        raise DataError(f"{path} holds {array.dtype} {array.shape}; expected uint8 ([videos,] frames, height, width, 3)")
+        raise DataError(f"{path} holds {array.dtype} {array.shape}; expected uint8 (frames, height, width, 3)")
     return array
 
 
@@ -341,9 +337,8 @@ def hash_of_files(videos):
 def write_packed(out, about, count, videos):
     """Write `count` videos, pairs of {"name", "label", "split"} and what `decode` returns -> the index.
 
-    about: what shapes the file, for the index. A file made from the same stays as it is, any other is refused. Array
-    and index are written to a temporary folder, then renamed, the index first: an array without one would pass for a
-    single long video. A kill leaves that folder behind, hidden, beside `out`.
+    about: what shapes the file, for the index. A file made from the same stays as it is, any other is refused. Both are
+    written to a temporary folder, then renamed, the index first: an array without one would pass for one long video.
     """
     from tqdm import tqdm
 
@@ -397,8 +392,8 @@ def write_packed(out, about, count, videos):
 def find_videos(source):
     """[{"name", "path", "label", "split"}, ...] sorted by name. Raises DataError.
 
-    A path is a video file, or a folder of numbered frames: one with pictures and no videos in it. Pictures beside
-    videos and folders that cannot be read are among them: `decode` says what is wrong with them.
+    A path is a video file, or a folder of numbered frames: one with pictures and no videos in it. There are also those
+    that cannot be read, and pictures beside videos: `decode` gives the reason.
     """
     paths = [source] if source.is_file() and source.suffix.lower() in VIDEO_FILES else []
 
@@ -416,9 +411,9 @@ def find_videos(source):
     if not paths:
         raise DataError(f"{source} holds no videos; expected {' '.join(sorted(VIDEO_FILES))}, or folders of pictures")
     # UCF101's lists of split 01 have lines such as "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1".
-    lists = [(folder / below / f"{split}list01.txt", split) for folder in (source, source.resolve().parent)
-             for below in ("", "ucfTrainTestlist") for split in ("train", "test")]
-    official = {Path(line.split()[0]).stem: split for file, split in lists if file.is_file()
+    official = {Path(line.split()[0]).stem: split for split in ("train", "test")
+                for folder in (source, source.resolve().parent)
+                for file in (*folder.glob(f"{split}list01.txt"), *folder.glob(f"ucfTrainTestlist/{split}list01.txt"))
                 for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()}
     found = []
     for path in paths:
@@ -443,10 +438,8 @@ def files_of(path):
 
 
 def decode(path, size, min_frames=1, stride=1):
-    """A video file or folder of frames -> uint8 (frames, size, size, 3), and its own frames per second, or None.
-
-    Of a video that cannot be used, or has too few frames: the reason, a str, and None.
-    """
+    """A video file or folder of frames -> uint8 (frames, size, size, 3), and the file's frames per second, or None; of
+    a video that cannot be used, or has too few frames, the reason, a str, and None."""
     # `fit` takes the largest square around the centre; bicubic in Pillow widens its filter as it shrinks: no aliasing.
     # Frames are resized as they are decoded: a long HD video is never in memory at its full size.
     small, duration = [], None
@@ -500,11 +493,10 @@ def read_film(path, size):
         raise DataError(f"PyAV {av.__version__} mixes up the colours of HD video; expected 17 or later")
     av.logging.set_level(av.logging.PANIC)  # what FFmpeg has to say about a bad file comes as an exception
     with av.open(str(path)) as container:
-        streams = [stream for stream in container.streams.video if stream.codec_context is not None
-                   and not stream.disposition & av.stream.Disposition.attached_pic]  # the cover picture of music
-        if not streams:
+        stream = next((stream for stream in container.streams.video if stream.codec_context is not None
+                       and not stream.disposition & av.stream.Disposition.attached_pic), None)  # the cover of music
+        if stream is None:
             raise DataError("has no video stream that can be decoded")
-        stream = streams[0]
         stream.codec_context.thread_count = 1  # there is one process per core already
         for packet in container.demux(stream):
             if packet.is_corrupt:
@@ -540,8 +532,7 @@ def upright(pixels, matrix):
 def main():
     from command import Parser, non_negative_int, positive_int, zero_to_one
 
-    parser = Parser(description="Packs videos into one .npy file that train.py reads.", epilog="train.py "
-                    "--data FOLDER packs the folder itself, all frames of all videos, into ~/.cache.")
+    parser = Parser(description="Packs videos into one .npy file. train.py --data FOLDER does so, too, into ~/.cache.")
     add = parser.add_argument
     add("source", help="a folder of videos, one video, or the word maze for the embedded walks")
     add("--size", type=positive_int, required=True, help="height and width of packed frames, in pixels")
@@ -550,8 +541,7 @@ def main():
     add("--workers", type=positive_int, help="processes that decode (default: two per core)")
     add("--stride", type=positive_int, help="keep every n-th frame only (default: 1)")
     add("--min-frames", type=positive_int, help="skip videos with fewer frames to keep (default: 1)")
-    add("--test-fraction", type=zero_to_one, help="share of the videos, chosen by a hash of their names, to hold out "
-        "as the test split where there are no test folders or lists (default: 0)")
+    add("--test-fraction", type=zero_to_one, help="share of the videos to hold out, by a hash of names (default: 0)")
     add = parser.add_argument_group("maze only").add_argument
     add("--frames", type=positive_int, help="frames per walk (default: 500)")
     add("--num", type=positive_int, help="number of walks (default: 100)")

@@ -1555,30 +1555,28 @@ class Stuck:
     """Videos of which step 2's clips never come."""
 
     def clip_and_label(self, seed, step, i):
-        if step == 2:
-            time.sleep(60)
+        time.sleep(60 if step == 2 else 0)
         return np.zeros((9, 99, 99, 3), np.uint8), None
 
 
-@pytest.mark.parametrize("ends", ["a worker's death", "a signal"])
-def test_what_ends_the_wait_for_data(ends, monkeypatch):
+@pytest.mark.parametrize("ends", [data.DataError, Killed])
+def test_a_dead_worker_or_a_signal_ends_the_wait_for_data(ends, monkeypatch):
+    def on_alarm(*_):
+        for worker in workers:
+            worker.kill()
+        if ends is Killed:
+            raise Killed
+
     monkeypatch.setattr("tempfile.tempdir", "/tmp/" + "long" * 35)
     before, loader = set(multiprocessing.active_children()), data.batches(Stuck(), range(2), 0, workers=2)
     assert next(loader).shape == (2, 9, 99, 99, 3)
     workers = set(multiprocessing.active_children()) - before
     for worker in workers:
-        os.kill(worker.pid, signal.SIGINT)  # theirs, too, if it comes from the terminal
+        os.kill(worker.pid, signal.SIGINT)  # from the terminal it comes to all
     next(loader)
-
-    def on_alarm(*_):
-        if ends == "a signal":
-            raise Killed
-        for worker in workers:
-            worker.kill()
-
     handler = signal.signal(signal.SIGALRM, on_alarm)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
-    with pytest.raises(Killed if ends == "a signal" else data.DataError):
+    with pytest.raises(ends):
         next(loader)
     signal.signal(signal.SIGALRM, handler)
 
@@ -1586,19 +1584,20 @@ def test_what_ends_the_wait_for_data(ends, monkeypatch):
 def test_workers_end_with_the_main_process(tmp_path):
     os.mkfifo(tmp_path / "alive")
     main = fork(f"import sys, time; sys.path.insert(0, {str(HERE)!r}); import data; "
-                f"alive = open({str(tmp_path / 'alive')!r}, 'w')\n"  # the workers have it open, too
-                "for step in data.batches(data.open_videos(None, 64, 32), range(4), 0, workers=3):\n"
-                "    print(file=alive, flush=True)\n    time.sleep(60)")
+                f"alive = open({str(tmp_path / 'alive')!r}, 'w')\n"  # which the workers inherit
+                "for clips in data.batches(data.open_videos(None, 64, 32), range(4), 0, workers=3):\n"
+                "    print(file=alive, flush=True), time.sleep(60)")
     with open(tmp_path / "alive") as alive:
         alive.readline()
         main.kill()
         assert select.select([alive], [], [], 30)[0] and alive.read() == "", "nobody has it open any more"
 
 
-def test_pack_reads_every_kind_of_video(tmp_path):
+def test_pack_reads_every_kind_of_video(tmp_path, capsys):
     source = tmp_path / "source"
     write_mp4(source / "jump" / "clip one ü.mp4", 6)
-    (source / "run" / "frames").mkdir(parents=True)
+    write_mp4(source / "jump" / "old.mpg", 3, codec="mpeg1video", rate=50)
+    (source / "run" / "frames" / "masks").mkdir(parents=True)
     for i in range(1, 13):  # without leading zeros: frame10 must not come before frame2
         Image.new("L", (20, 12), 10 * i).save(source / "run" / "frames" / f"frame{i}.png")
     gif = [Image.new("RGB", (10, 10), (60 * i, 0, 0)) for i in range(4)]
@@ -1610,12 +1609,14 @@ def test_pack_reads_every_kind_of_video(tmp_path):
         (source / name).write_text("not a video")
     index = data.pack(source, tmp_path / "packed.npy", size=8, workers=2, min_frames=2)
     assert index == json.loads((tmp_path / "packed.json").read_text()) and index["skipped"] == []
-    got = [(video["name"], video["length"], video["label"], video["split"]) for video in index["videos"]]
-    assert got == [("jump/clip one ü.mp4", 6, "jump", "train"), ("loop.gif", 4, None, "train"),
-                   ("loop.webp", 4, None, "train"), ("run/frames", 12, "run", "train"),
-                   ("val/walk.npy", 5, None, "test"), ("val/walk.pt", 3, None, "test")]
-    frames = np.load(tmp_path / "packed.npy", mmap_mode="r", allow_pickle=False)
-    assert frames.shape == (34, 8, 8, 3) and frames.dtype == np.uint8
+    got = [(video["name"], video["length"], video["label"], video["split"], video["fps"]) for video in index["videos"]]
+    assert got.pop(1) == ("jump/old.mpg", 3, "jump", "train", 50) and "25 to 50" in capsys.readouterr().out
+    assert got == [("jump/clip one ü.mp4", 6, "jump", "train", 25), ("loop.gif", 4, None, "train", 25),
+                   ("loop.webp", 4, None, "train", 25), ("run/frames", 12, "run", "train", None),
+                   ("val/walk.npy", 5, None, "test", None), ("val/walk.pt", 3, None, "test", None)]
+    frames = np.load(tmp_path / "packed.npy", allow_pickle=False)
+    assert frames.shape == (37, 8, 8, 3) and frames.dtype == np.uint8
+    frames = np.delete(frames, range(6, 9), 0)
     middle = frames[:, 4, 4].astype(int)
     assert np.abs(middle[:6] - (16 + 10 * np.arange(6))[:, None]).max() <= 3, "the mp4, lossy"
     assert np.array_equal(middle[6:14, 0], [0, 60, 120, 180] * 2) and middle[6:14, 1:].max() == 0
@@ -1626,9 +1627,16 @@ def test_pack_reads_every_kind_of_video(tmp_path):
     assert data.PackedVideos(tmp_path / "packed.npy", 5, 8, "test").videos[0]["name"] == "val/walk.npy"
 
 
-def test_bad_videos_are_skipped_with_the_reason(tmp_path, capfd):
+def test_what_cannot_be_used_is_listed_with_the_reason(tmp_path, monkeypatch, capfd):
+    import av
+
     def noise(i):
         return np.random.default_rng(i).integers(256, size=(48, 64, 3))
+
+    def scandir(path, scandir=os.scandir):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
 
     folder = tmp_path / "bad"
     folder.mkdir()
@@ -1645,9 +1653,20 @@ def test_bad_videos_are_skipped_with_the_reason(tmp_path, capfd):
     write_npy(folder / "short.npy", 1)
     os.symlink("nowhere.mp4", folder / "dangling.mp4")
     os.mkfifo(folder / "pipe.mp4")
-    for name in ("pictures cut", "pictures deep"):
+    for name in ("pictures cut", "pictures deep", "pages", "frames", "lost+found"):
         (folder / name).mkdir()
         Image.effect_noise((20, 20), 50).save(folder / name / "0.png")
+    two = [Image.new("L", (20, 20), level) for level in (0, 99)]
+    two[0].save(folder / "pages" / "1.tiff", save_all=True, append_images=two[1:])
+    two[0].save(folder / "frames" / "1.png", save_all=True, append_images=two[1:])
+    for name in ("still.webp", "still.gif", "poster beside videos.jpg"):
+        two[0].save(folder / name)
+    with av.open(str(folder / "song with cover.mkv"), "w") as container:
+        stream = container.add_stream("mjpeg", rate=1)
+        stream.pix_fmt, stream.disposition = "yuvj420p", av.stream.Disposition.attached_pic
+        container.mux(stream.encode(av.VideoFrame(16, 16, "yuvj420p")))
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("lost+found"))
     (folder / "pictures cut" / "1.png").write_bytes((folder / "pictures cut" / "0.png").read_bytes()[:200])
     Image.fromarray(np.full((4, 4), 60000, np.uint16)).save(folder / "pictures deep" / "1.png")
     names = set(os.listdir(folder))
@@ -1684,17 +1703,16 @@ def test_colours_are_those_that_a_player_shows(matrix, full, pixels, tmp_path):
 
 @pytest.mark.parametrize("a, b, c, d", [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1),
                                         (0, 1, 1, 0), (0, 1, -1, 0), (0, -1, 1, 0), (0, -1, -1, 0)])
-def test_videos_are_shown_upright_by_their_display_matrix(a, b, c, d, tmp_path):
-    picture = np.zeros((48, 48, 3), np.uint8)
-    picture[:24, :24], picture[:24, 24:], picture[24:, :24] = 200, 130, 60
+def test_videos_are_upright_by_their_display_matrix(a, b, c, d, tmp_path):
+    levels = {(-1, -1): 200, (1, -1): 130, (-1, 1): 60, (1, 1): 0}  # by x and y
+    picture = np.kron([[200, 130], [60, 0]], np.ones((24, 24)))[..., None].repeat(3, 2)
     content = write_mp4(tmp_path / "turned.mp4", 3, colour_of=lambda i: picture, width=48).read_bytes()
-    as_is, turned = (struct.pack(">9i", *(x * 2**16 for x in (*m[:2], 0, *m[2:], 0, 0, 0)), 2**30)
+    before, after = (struct.pack(">9i", m[0] << 16, m[1] << 16, 0, m[2] << 16, m[3] << 16, 0, 0, 0, 2**30)
                      for m in ((1, 0, 0, 1), (a, b, c, d)))
-    (tmp_path / "turned.mp4").write_bytes(turned.join(content.rsplit(as_is, 1)))
+    (tmp_path / "turned.mp4").write_bytes(after.join(content.rsplit(before, 1)))
     [video] = data.read_whole_videos(tmp_path / "turned.mp4", 4)
-    for (y, x), level in np.ndenumerate(picture[::24, ::24, 0]):
-        shown_x, shown_y = a * (2 * x - 1) + c * (2 * y - 1), b * (2 * x - 1) + d * (2 * y - 1)  # 1 or -1
-        assert np.abs(video[:, shown_y + 1, shown_x + 1].astype(int) - level).max() < 30
+    for (x, y), level in levels.items():
+        assert np.abs(video[:, (b * x + d * y + 1) // 2 * 3, (a * x + c * y + 1) // 2 * 3].astype(int) - level).max() < 30
 
 
 def test_behind_transparent_pixels_is_black(tmp_path):
@@ -1702,89 +1720,45 @@ def test_behind_transparent_pixels_is_black(tmp_path):
     half[..., 0], half[:8, :, 1], half[:8, :, 3] = 255, 255, 255                # yellow above; red below, not to be seen
     image, folder = Image.fromarray(half), tmp_path / "frames"
     folder.mkdir()
-    image.save(folder / "0.png")
-    image.quantize(4).save(folder / "1.png")
-    image.save(folder / "2.tiff")
-    for name, settings in (("a.gif", {}), ("a.webp", dict(lossless=True, exact=True))):
-        image.save(tmp_path / name, save_all=True, append_images=[image.rotate(180)], **settings)
+    for i, picture in enumerate((image, image.quantize(4), image.convert("LA"))):
+        picture.save(folder / f"{i}.png")
+    for name in ("a.gif", "a.webp"):
+        image.save(tmp_path / name, save_all=True, append_images=[image.rotate(180)], lossless=True, exact=True)
     write_mp4(tmp_path / "a.mov", 2, lambda i: half, "png", "rgba", 16, 16)
     for path in (folder, tmp_path / "a.gif", tmp_path / "a.webp", tmp_path / "a.mov"):
-        video = data.decode(path, 4)[0].astype(int)
-        assert (np.abs(video[0] - np.where(np.arange(4)[:, None, None] < 2, [255, 255, 0], 0)) < 40).all(), path
-
-
-def test_what_looks_like_a_video_or_picture_is_used_or_listed(tmp_path, monkeypatch, capsys):
-    source, blank = tmp_path / "source", Image.new("RGB", (8, 8))
-    for name in ("clip/0.png", "clip/1.png", "clip/masks/0.png", "clip/masks/1.png", "pages/0.tif", "b/poster.jpg",
-                 "still/0.webp", "animated/0.png"):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        several = dict(save_all=True, append_images=[Image.new("RGB", (8, 8), "red")])
-        blank.save(source / name, **several if name.startswith(("pages", "animated")) else {})
-    (source / "clip" / "@eaDir").mkdir()
-    (source / "lost+found").mkdir()
-    write_mp4(source / "b" / "a.mpg", 4, codec="mpeg1video")
-    write_mp4(source / "b" / "b.wmv", 4, codec="wmv2", rate=50)
-
-    def scandir(path, scandir=os.scandir):
-        if str(path).endswith("lost+found"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("lost+found"))
-    index = data.pack(source, tmp_path / "packed.npy", size=8, workers=1)
-    assert [(video["name"], video["fps"]) for video in index["videos"]] == [
-        ("b/a.mpg", 25), ("b/b.wmv", 50), ("clip", None), ("clip/masks", None)]
-    assert [video["name"] for video in index["skipped"]] == ["animated", "b/poster.jpg", "lost+found", "pages",
-                                                              "still/0.webp"]
-    assert "25 to 50 frames per second" in capsys.readouterr().out
-
-
-def test_a_cover_picture_is_not_a_video(tmp_path):
-    import av
-
-    with av.open(str(tmp_path / "song.mkv"), "w") as container:
-        stream = container.add_stream("mjpeg", rate=1)
-        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuvj420p"
-        stream.disposition = av.stream.Disposition.attached_pic
-        container.mux(stream.encode(av.VideoFrame(16, 16, "yuvj420p")))
-    assert "no video stream" in data.decode(tmp_path / "song.mkv", 8)[0]
-
-
-INDEX = {"size": 8, "skipped": [], "videos": [{"name": "x", "start": 0, "length": 12, "label": None, "split": "train"}]}
+        first, second = data.decode(path, 4)[0][:2].astype(int)
+        assert np.abs(first[:2] - (255, 255, 0)).max() < 40 > first[2:].max(), path
+        assert path != folder or np.abs(second[:2] - (255, 255, 0)).max() < 40 > second[2:].max()
 
 
 @pytest.mark.parametrize("name, content", [
-    ("clip.json", {"videos": ["a.mp4"]}), ("clip.json", {"videos": [{"name": "x", "length": 12}]}),
-    ("clip.json", [1]), ("clip.json", INDEX | {"videos": 3}), ("clip.json", {"caption": "a dog", "stride": "long"}),
-    ("clip.npy.json", {"labels": 5}), ("clip.npy.json", {"labels": {"a": 1}}), ("clip.npy.json", {"labels": [1]}),
-    ("clip.npy.json", {"labels": ["a", "b"]})])
+    ("clip.json", {"videos": ["a.mp4"]}), ("clip.json", {"videos": [{"name": "x", "length": 12}]}), ("clip.json", [1]),
+    ("clip.json", {"size": 8, "skipped": [], "videos": 3}), ("clip.json", {"caption": "a dog", "stride": "long"}),
+    *[("clip.npy.json", {"labels": labels}) for labels in (5, {"a": 1}, [1], ["a", "b"])]])
 def test_a_json_file_that_is_not_ours_changes_nothing(name, content, tmp_path):
     path = write_npy(tmp_path / "clip.npy", 12)
     (tmp_path / name).write_text(json.dumps(content))
     videos = data.open_videos(path, 4, 8)
-    assert videos.num_windows == 9 and videos.stride == 1 and videos.clip_and_label(0)[1] is None
+    assert (videos.num_windows, videos.stride, videos.clip_and_label(0)[1]) == (9, 1, None)
     assert len(data.decode(path, 8)[0]) == 12
 
 
-def test_an_index_must_describe_its_frames(tmp_path):
+@pytest.mark.parametrize("change", [{}, {"start": 4}, {"start": 100}, {"length": 13}, {"length": -12}])
+def test_an_index_describes_its_frames(change, tmp_path):
     path = write_npy(tmp_path / "clip.npy", 12)
-    for number, change in enumerate([{}, {"start": 4}, {"start": 100}, {"length": 13}, {"length": -12}]):
-        path.with_suffix(".json").write_text(json.dumps(INDEX | {"videos": [INDEX["videos"][0] | change]}))
-        with pytest.raises(data.DataError) if number else contextlib.nullcontext():
-            data.open_videos(path, 4, 8)
+    video = {"name": "x", "start": 0, "length": 12, "label": None, "split": "train"} | change
+    path.with_suffix(".json").write_text(json.dumps({"size": 8, "skipped": [], "videos": [video]}))
+    with pytest.raises(data.DataError) if change else contextlib.nullcontext():
+        data.open_videos(path, 4, 8)
 
 
 def test_the_fingerprint_is_that_of_the_contents(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for place, first in (("a", 0), ("b/c", 0), ("other", 1)):
-        write_npy(tmp_path / place / "videos" / "0.npy", 9, first=first)
-    a, b, other = (data.open_videos(tmp_path / place / "videos", 4, 8) for place in ("a", "b/c", "other"))
-    assert a.fingerprint == b.fingerprint != other.fingerprint and a.stride == 1
-    longer = data.open_videos(write_npy(tmp_path / "longer.npy", 10), 4, 8)
-    assert len({a.fingerprint, other.fingerprint, longer.fingerprint, data.open_videos(None, 4, 8).fingerprint}) == 4
-    data.pack(tmp_path / "a", tmp_path / "packed.npy", size=8, workers=1, stride=3)
-    assert data.open_videos(tmp_path / "packed.npy", 3, 8).stride == 3 and data.open_videos(None, 4, 8).stride == 1
+    for place, frames, first in (("a", 9, 0), ("b/c", 9, 0), ("other", 9, 1), ("longer", 10, 0)):
+        write_npy(tmp_path / place / "videos" / "0.npy", frames, first=first)
+    sources = [None, *(tmp_path / place / "videos" for place in ("a", "other", "longer", "b/c"))]
+    prints = [data.open_videos(source, 4, 8).fingerprint for source in sources]
+    assert len(set(prints)) == 4 and prints[1] == prints[4]
 
 
 def test_pack_crops_the_centre_of_the_shorter_side(tmp_path):
@@ -1875,7 +1849,7 @@ def test_stride_and_test_fraction(tmp_path, monkeypatch):
     assert not run_command("data", *packing)
     index = json.loads(Path("packed.json").read_text())
     tests = tests_of(index)
-    assert index["min_frames"] == 2
+    assert index["min_frames"] == 2 and data.open_videos("packed.npy", 3, 8).stride == 3
     assert 2 <= len(tests) <= 11 and [video["length"] for video in index["videos"]] == [3] * 30
     clip = data.open_videos("packed.npy", 3, 8, "test").clip(0)
     assert (np.diff(clip[:, 0, 0, 0].astype(int)) == 3).all()
