@@ -381,11 +381,11 @@ def write_packed(out, about, count, videos):
         for path in (index_path, out):
             os.replace(Path(folder.name, path.name), path)
     tests, classes = sum(video["split"] == "test" for video in entries), {video["label"] for video in entries} - {None}
-    print(f"packed {len(entries)} videos ({len(entries) - tests} train, {tests} test), {len(classes)} classes, {total} "
-          f"frames of {size}x{size} into {out} ({total * size**2 * 3 / 1e6:.1f} MB); {len(skipped)} skipped")
+    print(f"packed {out}: {len(entries) - tests} for training, {tests} for tests, {len(skipped)} skipped; "
+          f"{total} frames of {size}x{size} ({total * size**2 * 3 / 1e6:.1f} MB); classes: {len(classes)}")
     rates = {round(video["fps"]) for video in entries if video["fps"]}
     if len(rates) > 1:
-        print(f"with {min(rates)} to {max(rates)} frames per second, which are taken by number, whatever their time")
+        print(f"frame rates differ, from {min(rates)} to {max(rates)} per second: a clip is so many frames, however long")
     return index
 
 

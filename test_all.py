@@ -1583,7 +1583,8 @@ def test_a_dead_worker_or_a_signal_ends_the_wait_for_data(ends, monkeypatch):
 
 def test_workers_end_with_the_main_process(tmp_path):
     os.mkfifo(tmp_path / "alive")
-    main = fork(f"import sys, time; sys.path.insert(0, {str(HERE)!r}); import data; "
+    main = fork(f"import multiprocessing, sys, time; sys.path.insert(0, {str(HERE)!r}); import data; "
+                "multiprocessing.set_start_method('fork', force=True); "
                 f"alive = open({str(tmp_path / 'alive')!r}, 'w')\n"  # which the workers inherit
                 "for clips in data.batches(data.open_videos(None, 64, 32), range(4), 0, workers=3):\n"
                 "    print(file=alive, flush=True), time.sleep(60)")
@@ -1661,10 +1662,12 @@ def test_what_cannot_be_used_is_listed_with_the_reason(tmp_path, monkeypatch, ca
     two[0].save(folder / "frames" / "1.png", save_all=True, append_images=two[1:])
     for name in ("still.webp", "still.gif", "poster beside videos.jpg"):
         two[0].save(folder / name)
-    with av.open(str(folder / "song with cover.mkv"), "w") as container:
-        stream = container.add_stream("mjpeg", rate=1)
-        stream.pix_fmt, stream.disposition = "yuvj420p", av.stream.Disposition.attached_pic
-        container.mux(stream.encode(av.VideoFrame(16, 16, "yuvj420p")))
+    with av.open(str(folder / "song.mp4"), "w") as container:
+        sound, cover = container.add_stream("aac", rate=44100), container.add_stream("mjpeg", rate=1)
+        cover.pix_fmt, cover.disposition = "yuvj420p", av.stream.Disposition.attached_pic
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), "fltp", "mono")
+        silence.rate = 44100
+        container.mux([*sound.encode(silence), *sound.encode(), *cover.encode(av.VideoFrame(16, 16, "yuvj420p"))])
     monkeypatch.setattr(os, "scandir", scandir)
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("lost+found"))
     (folder / "pictures cut" / "1.png").write_bytes((folder / "pictures cut" / "0.png").read_bytes()[:200])
@@ -1675,6 +1678,7 @@ def test_what_cannot_be_used_is_listed_with_the_reason(tmp_path, monkeypatch, ca
     assert [video["name"] for video in index["videos"]] == ["good.npy"]
     reasons = {video["name"]: video["reason"] for video in index["skipped"]}
     assert set(reasons) == {f"bad/{name}" for name in names} and all(reasons.values())
+    assert "no video" in reasons["bad/song.mp4"]
     printed = capfd.readouterr()
     assert printed.out.count("\n") == len(names) + 1 and "Traceback" not in printed.err
 
@@ -1704,7 +1708,7 @@ def test_colours_are_those_that_a_player_shows(matrix, full, pixels, tmp_path):
 @pytest.mark.parametrize("a, b, c, d", [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1),
                                         (0, 1, 1, 0), (0, 1, -1, 0), (0, -1, 1, 0), (0, -1, -1, 0)])
 def test_videos_are_upright_by_their_display_matrix(a, b, c, d, tmp_path):
-    levels = {(-1, -1): 200, (1, -1): 130, (-1, 1): 60, (1, 1): 0}  # by x and y
+    levels = {(-1, -1): 200, (1, -1): 130, (-1, 1): 60, (1, 1): 0}  # of the quarters, by x and y
     picture = np.kron([[200, 130], [60, 0]], np.ones((24, 24)))[..., None].repeat(3, 2)
     content = write_mp4(tmp_path / "turned.mp4", 3, colour_of=lambda i: picture, width=48).read_bytes()
     before, after = (struct.pack(">9i", m[0] << 16, m[1] << 16, 0, m[2] << 16, m[3] << 16, 0, 0, 0, 2**30)
@@ -1712,12 +1716,13 @@ def test_videos_are_upright_by_their_display_matrix(a, b, c, d, tmp_path):
     (tmp_path / "turned.mp4").write_bytes(after.join(content.rsplit(before, 1)))
     [video] = data.read_whole_videos(tmp_path / "turned.mp4", 4)
     for (x, y), level in levels.items():
-        assert np.abs(video[:, (b * x + d * y + 1) // 2 * 3, (a * x + c * y + 1) // 2 * 3].astype(int) - level).max() < 30
+        column, row = (a * x + c * y + 1) // 2 * 3, (b * x + d * y + 1) // 2 * 3
+        assert np.abs(video[:, row, column].astype(int) - level).max() < 30
 
 
 def test_behind_transparent_pixels_is_black(tmp_path):
     half = np.zeros((16, 16, 4), np.uint8)
-    half[..., 0], half[:8, :, 1], half[:8, :, 3] = 255, 255, 255                # yellow above; red below, not to be seen
+    half[..., 0], half[:8, :, 1], half[:8, :, 3] = 255, 255, 255         # yellow above; red below, not to be seen
     image, folder = Image.fromarray(half), tmp_path / "frames"
     folder.mkdir()
     for i, picture in enumerate((image, image.quantize(4), image.convert("LA"))):
@@ -1743,12 +1748,14 @@ def test_a_json_file_that_is_not_ours_changes_nothing(name, content, tmp_path):
     assert len(data.decode(path, 8)[0]) == 12
 
 
-@pytest.mark.parametrize("change", [{}, {"start": 4}, {"start": 100}, {"length": 13}, {"length": -12}])
-def test_an_index_describes_its_frames(change, tmp_path):
+@pytest.mark.parametrize("right, pieces", [(True, [(0, 12)]), (True, [(0, 5), (5, 7)]), (False, [(4, 12)]),
+                                           (False, [(99, 12)]), (False, [(0, 13)]), (False, [(0, 17), (17, -5)])])
+def test_an_index_describes_its_frames(right, pieces, tmp_path):
     path = write_npy(tmp_path / "clip.npy", 12)
-    video = {"name": "x", "start": 0, "length": 12, "label": None, "split": "train"} | change
-    path.with_suffix(".json").write_text(json.dumps({"size": 8, "skipped": [], "videos": [video]}))
-    with pytest.raises(data.DataError) if change else contextlib.nullcontext():
+    videos = [{"name": "x", "start": start, "length": length, "label": None, "split": "train"}
+              for start, length in pieces]
+    path.with_suffix(".json").write_text(json.dumps({"size": 8, "skipped": [], "videos": videos}))
+    with contextlib.nullcontext() if right else pytest.raises(data.DataError):
         data.open_videos(path, 4, 8)
 
 
@@ -1832,7 +1839,7 @@ def test_a_pack_is_complete_or_absent_whatever_ends_it(by, tmp_path, monkeypatch
 def test_the_command_of_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     walks = "maze --size 8 --frames 5 --num 2 --out maze.npy".split()
-    for expected in ("packed 2 videos (2 train, 0 test), 2 classes, 10 frames of 8x8", "maze.npy is there already"):
+    for expected in ("packed maze.npy: 2 for training, 0 for tests", "maze.npy is there already"):
         assert not run_command("data", *walks) and capsys.readouterr().out.startswith(expected)
         assert np.array_equal(np.load("maze.npy")[5:], MazeVideos(5, 8).clip(0, 1))
     assert run_command("data", *walks, "--seed", 1), "other walks"
