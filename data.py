@@ -385,7 +385,7 @@ def write_packed(out, about, count, videos):
           f"{total} frames of {size}x{size} ({total * size**2 * 3 / 1e6:.1f} MB); classes: {len(classes)}")
     rates = {round(video["fps"]) for video in entries if video["fps"]}
     if len(rates) > 1:
-        print(f"frame rates differ, from {min(rates)} to {max(rates)} per second: a clip is so many frames, however long")
+        print(f"frame rates differ, from {min(rates)} to {max(rates)} per second; frames count, whatever their time")
     return index
 
 
@@ -447,19 +447,14 @@ def decode(path, size, min_frames=1, stride=1):
         images = read_images(Path(path).absolute(), size)  # FFmpeg takes the "a" of "a:b.mp4" for a protocol
         for image in itertools.islice(images, 0, None, stride):
             duration = image.info.get("duration")  # in milliseconds
-            small.append(ImageOps.fit(over_black(image), (size, size), Image.Resampling.BICUBIC))
+            if image.has_transparency_data:  # over black, as in video players: pixels may hide any colour
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+            small.append(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
     except Exception as error:  # whatever a bad file does to a decoder, it is one bad file
         return " ".join(str(error).split())[:200] or type(error).__name__, None
     if len(small) < min_frames:
         return f"has fewer than {min_frames} frames: {len(small)}", None
     return np.stack(small), round(1000 / duration, 2) if duration else None
-
-
-def over_black(image):
-    """-> RGB. Behind transparent pixels is black, as in video players, not the colour that they happen to hide."""
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
-    return image.convert("RGB")
 
 
 def read_images(path, size):

@@ -1465,22 +1465,22 @@ def test_a_bug_keeps_its_traceback():
 
 
 def write_mp4(path, frames, colour_of=None, codec="mpeg4", pixels="yuv420p", height=48, width=64, aspect=1, rate=25,
-              matrix=2, full=False):
-    """A video whose frame i is one grey level, 16 + 10 i, or colour_of(i), RGB or RGBA; matrix: 1 is that of BT.709."""
+              given="rgb24", matrix=2, full=False):
+    """A video whose frame i is one grey level, 16 + 10 i, or colour_of(i), in the pixel format `given`."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (3, height, width) if given == "yuv444p" else (height, width, len(given.rstrip("24")))
+    same = dict(src_colorspace=matrix, dst_colorspace=matrix, src_color_range=1 + full, dst_color_range=1 + full)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         stream.codec_context.sample_aspect_ratio = Fraction(aspect)
         stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 1 + full
         for i in range(frames):
-            colour = np.asarray(colour_of(i) if colour_of else 3 * (16 + 10 * i,), np.uint8)
-            channels = 4 if colour.shape[-1] == 4 else 3
-            colour = np.ascontiguousarray(np.broadcast_to(colour, (height, width, channels)))
-            frame = av.VideoFrame.from_ndarray(colour, format="rgba" if channels == 4 else "rgb24")
-            container.mux(stream.encode(frame.reformat(format=pixels, dst_colorspace=matrix, dst_color_range=1 + full)))
+            picture = np.broadcast_to(colour_of(i) if colour_of else 16 + 10 * i, shape).astype(np.uint8, order="C")
+            frame = av.VideoFrame.from_ndarray(picture, format=given)
+            container.mux(stream.encode(frame.reformat(format=pixels, **same if given == "yuv444p" else {})))
         container.mux(stream.encode())
     return path
 
@@ -1664,7 +1664,7 @@ def test_what_cannot_be_used_is_listed_with_the_reason(tmp_path, monkeypatch, ca
         two[0].save(folder / name)
     with av.open(str(folder / "song.mp4"), "w") as container:
         sound, cover = container.add_stream("aac", rate=44100), container.add_stream("mjpeg", rate=1)
-        cover.pix_fmt, cover.disposition = "yuvj420p", av.stream.Disposition.attached_pic
+        cover.pix_fmt, cover.disposition = "yuvj420p", av.stream.Disposition.attached_pic.value
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), "fltp", "mono")
         silence.rate = 44100
         container.mux([*sound.encode(silence), *sound.encode(), *cover.encode(av.VideoFrame(16, 16, "yuvj420p"))])
@@ -1696,13 +1696,17 @@ def test_unusual_videos_are_read_whole(tmp_path):
     assert video[:, :, 1:-1].min() > 180
 
 
-@pytest.mark.parametrize("matrix", [1, 6, 9])  # of BT.709, BT.601, BT.2020
+@pytest.mark.parametrize("matrix, red, blue", [(1, 0.2126, 0.0722), (6, 0.299, 0.114), (9, 0.2627, 0.0593)])
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("pixels", ["yuv444p", "yuv420p10le"])
-def test_colours_are_those_that_a_player_shows(matrix, full, pixels, tmp_path):
-    colour = 20, 200, 40
-    path = write_mp4(tmp_path / "a.mkv", 2, lambda i: colour, "ffv1", pixels, matrix=matrix, full=full)
-    assert np.abs(data.decode(path, 8)[0].astype(int) - colour).max() <= 3
+def test_colours_are_those_of_bt709_bt601_and_bt2020(matrix, red, blue, full, pixels, tmp_path):
+    r, g, b = rgb = np.array([20, 200, 40])
+    y = red * r + (1 - red - blue) * g + blue * b
+    u, v = (b - y) / (2 - 2 * blue), (r - y) / (2 - 2 * red)
+    yuv = np.array([y, u + 128, v + 128] if full else [y * 219 / 255 + 16, u * 224 / 255 + 128, v * 224 / 255 + 128])
+    path = write_mp4(tmp_path / "a.mkv", 2, lambda i: yuv.round()[:, None, None], "ffv1", pixels, given="yuv444p",
+                     matrix=matrix, full=full)
+    assert np.abs(data.decode(path, 8)[0].astype(int) - rgb).max() <= 3
 
 
 @pytest.mark.parametrize("a, b, c, d", [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1),
@@ -1729,7 +1733,7 @@ def test_behind_transparent_pixels_is_black(tmp_path):
         picture.save(folder / f"{i}.png")
     for name in ("a.gif", "a.webp"):
         image.save(tmp_path / name, save_all=True, append_images=[image.rotate(180)], lossless=True, exact=True)
-    write_mp4(tmp_path / "a.mov", 2, lambda i: half, "png", "rgba", 16, 16)
+    write_mp4(tmp_path / "a.mov", 2, lambda i: half, "png", "rgba", 16, 16, given="rgba")
     for path in (folder, tmp_path / "a.gif", tmp_path / "a.webp", tmp_path / "a.mov"):
         first, second = data.decode(path, 4)[0][:2].astype(int)
         assert np.abs(first[:2] - (255, 255, 0)).max() < 40 > first[2:].max(), path
