@@ -20,28 +20,28 @@ Glossary
     label    what a video shows, in words: the name of its class folder, a maze's main colour; None if it has none
     split    "train" or "test"; "all" is both
     packed   name.npy: the frames of all videos, one after another, uint8 (total, size, size, 3);
-             name.json: {"size", "stride", ..., "videos": [{"name", "start", "length", "label", "split"}, ...],
-                         "skipped": [{"name", "reason"}, ...]}, where start and length count the frames in name.npy
+             name.json, its index: {"size", "stride", ..., "videos": [{"name", "start", "length", "label", "split"},
+             ...], "skipped": [{"name", "reason"}, ...]}, where start and length count the frames in name.npy
 
-Needs torch, numpy and Pillow; PyAV (14.2 or later) to decode video files, tqdm to pack.
+Needs torch, numpy and Pillow; PyAV (17 or later) to decode video files, tqdm to pack.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
 import signal
 import tempfile
-import threading
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, ImageSequence
-from torch.utils.data import DataLoader
 
 
 class DataError(ValueError):
@@ -51,8 +51,7 @@ class DataError(ValueError):
 def to_float(video):
     """uint8 (..., f, h, w, 3) -> float32 (..., 3, f, h, w), 0..255 -> [-1, 1]. Raises ValueError."""
     if video.dtype != torch.uint8 or video.ndim < 4 or video.shape[-1] != 3:
-        raise ValueError("to_float takes a uint8 tensor (..., frames, height, width, 3), not a "
-                         f"{type(video).__name__} of {video.dtype} {tuple(video.shape)}")
+        raise ValueError(f"to_float takes uint8 (..., frames, height, width, 3), got {video.dtype} {video.shape}")
     return video.movedim(-1, -4).float().div(127.5).sub(1).contiguous()
 
 
@@ -73,13 +72,8 @@ def to_uint8(x):
 
 def open_videos(path, frames, size, split="train"):
     """-> MazeVideos if path is None or "maze", else PackedVideos of what `read_videos` takes. Raises DataError."""
-    if path is None or str(path) == "maze":
-        return maze_videos(frames, size, split)
-    return PackedVideos(path, frames, size, split)
-
-
-def maze_videos(frames, size, split="train"):
-    """-> mazes.MazeVideos. Raises DataError for a clip that they cannot have."""
+    if path is not None and str(path) != "maze":
+        return PackedVideos(path, frames, size, split)
     from mazes import MazeVideos  # here, so that this file alone reads videos
 
     try:
@@ -92,30 +86,34 @@ class PackedVideos:
     """Clips of packed videos, memory-mapped; every window of every video of the split is equally likely.
 
     path: what `read_videos` takes. Attributes: splits, those that the file has; videos, the index entries of the
-    split's long enough videos; num_too_short; num_windows, which is also len(): that many different clips there are.
-    Raises DataError if there are none, or of another size.
+    split's long enough videos; num_too_short; num_windows, the number of different clips; stride, every how many frames
+    one was packed (1 if unknown). Raises DataError if there are none, or of another size.
     """
 
     def __init__(self, path, frames, size, split="train"):
         self.frames, self.size, self.split = frames, size, split
-        self.pixels, videos = read_videos(path, size)
+        self.pixels, self.all_videos = read_videos(path, size)
         if self.pixels.shape[1:3] != (size, size):
-            raise DataError(f"--size {size}: {path} holds frames of {self.pixels.shape[1]}x{self.pixels.shape[2]}; "
-                            "give that size if it is square, or pack the videos again")
-        self.splits = tuple(sorted({video["split"] for video in videos}))
-        chosen = [video for video in videos if split in (video["split"], "all")]
+            raise DataError(f"--size {size}: {path} holds frames of height and width {self.pixels.shape[1:3]}")
+        self.splits = tuple(sorted({video["split"] for video in self.all_videos}))
+        chosen = [video for video in self.all_videos if split in (video["split"], "all")]
         self.videos = [video for video in chosen if video["length"] >= frames]
         self.num_too_short = len(chosen) - len(self.videos)
         if not self.videos:
-            longest = max([video["length"] for video in chosen], default=0)
-            raise DataError(f"--frames {frames}: {path} has {len(chosen)} videos of split {split!r}, the longest of "
-                            f"{longest} frames; its splits are {' and '.join(self.splits)}")
+            lengths = [video["length"] for video in chosen]
+            raise DataError(f"--frames {frames}: {path} has no video that long of split {split!r} (of "
+                            f"{' and '.join(self.splits)}); the longest has {max(lengths, default=0)} frames")
+        self.stride = read_index(Path(self.pixels.filename)).get("stride", 1)
         windows = np.array([video["length"] - frames + 1 for video in self.videos])
         self.num_windows = int(windows.sum())
         self.first_windows = np.cumsum(windows) - windows  # of each video, counted over all of them
 
-    def __len__(self):
-        return self.num_windows
+    @functools.cached_property
+    def fingerprint(self):
+        """A hash of all videos' lengths, labels and splits and of 256 frames: the same wherever the file lies."""
+        about = [[video["length"], video["label"], video["split"]] for video in self.all_videos]
+        frames = self.pixels[np.linspace(0, len(self.pixels) - 1, 256).astype(int)]
+        return hashlib.sha256(json.dumps([frames.shape, about]).encode() + frames.tobytes()).hexdigest()[:16]
 
     def clip_and_label(self, *key):
         """key: non-negative integers -> uint8 (frames, size, size, 3), and the label of the video it is cut from."""
@@ -142,71 +140,91 @@ def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=Fa
 
     Each is a uint8 tensor (b, f, h, w, 3) whose row for sample index i at step s is videos.clip(seed, s, i); with
     labels it is (that tensor, the list of the b labels, each a str or None). Of a global batch each process names its
-    own sample indices. `workers` processes of one thread each prefetch, and end with this one; 0 reads in this one.
+    own sample indices. `workers` processes read one batch ahead each; 0: this one reads. Raises DataError if one dies.
     """
-    loader = DataLoader(range(first_step, 2**62), batch_size=None, num_workers=workers, pin_memory=pin_memory,
-                        collate_fn=functools.partial(batch_of_step, videos, sample_indices, seed),
-                        worker_init_fn=leave_signals_to_main,
-                        generator=torch.Generator())  # else it would draw a number from the global generator
-    if hasattr(signal, "sigtimedwait"):  # workers begin with SIGTERM blocked: one may come before they can tell whose
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    batch_iterator = iter(loader)
-    if hasattr(signal, "sigtimedwait"):
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return batch_iterator if with_labels else (clips for clips, _ in batch_iterator)
+    make_batch, steps = functools.partial(batch_of_step, videos, sample_indices, seed), range(first_step, 2**62)
+    for clips, labels in in_processes(make_batch, steps, workers) if workers else map(make_batch, steps):
+        clips = torch.from_numpy(clips)
+        clips = clips.pin_memory() if pin_memory else clips
+        yield (clips, labels) if with_labels else clips
 
 
 def batch_of_step(videos, sample_indices, seed, step):
     clips, labels = zip(*[videos.clip_and_label(seed, step, i) for i in sample_indices])
-    return torch.from_numpy(np.stack(clips)), list(labels)
+    return np.stack(clips), list(labels)
 
 
-def leave_signals_to_main(_worker):
-    # Ctrl-C goes to every process of the terminal, a scheduler's SIGTERM to every one of the job. What they mean is the
-    # main process's to decide, which still needs its data then. Its own SIGTERM ends a worker, and so does its death.
-    def follow_main():
-        main, told = multiprocessing.parent_process(), None
-        while main.is_alive() and not (told and told.si_pid == main.pid):
-            told = signal.sigtimedwait([signal.SIGTERM], 1)
-        os._exit(0)
+def in_processes(function, items, workers):
+    """Yield function(item) for each of a sequence of items, in order, computed by that many processes.
 
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # macOS has none
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # PyTorch's own handler would end the worker
-        threading.Thread(target=follow_main, daemon=True).start()
+    The death of a worker, or of this process, closes the worker's own pipe: the other side notices at once, even in the
+    middle of a result. (DataLoader's workers share a pipe, which then blocks.) Raises DataError if a worker dies.
+    """
+    receivers = []
+    for first in range(workers):
+        pipe = receiver, sender = multiprocessing.Pipe(duplex=False)
+        multiprocessing.Process(target=work, args=(function, items[first::workers], *pipe), daemon=True).start()
+        sender.close()
+        receivers.append(receiver)
+    for item, receiver in zip(items, itertools.cycle(receivers)):
+        try:
+            yield receiver.recv()
+        except (EOFError, OSError):
+            raise DataError(f"a worker process died at {item}; is there too little memory?") from None
+
+
+def work(function, items, receiver, sender):
+    receiver.close()  # the main process's end, of which a forked process has a copy
+    # Ctrl-C goes to every process of a terminal; what it means is the main process's to decide.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with contextlib.suppress(BrokenPipeError):  # nobody wants the rest
+        for item in items:
+            sender.send(function(item))
 
 
 def read_videos(path, size=None):
     """-> the memory map of all frames, uint8 (total frames, h, w, 3), and the index's list of videos. Raises DataError.
 
     path: a packed .npy file; or one without an index, where (n, frames, h, w, 3) is n videos, as sample.py writes them
-    (with their labels in NAME.npy.json), and (frames, h, w, 3) is one, all of them "train"; or a folder of videos or a
-    video file, which is packed once at size x size, see `pack_into_cache`.
+    (with labels in NAME.npy.json), and (frames, h, w, 3) is one, all of them "train"; or a folder of videos or a video
+    file, which `pack_into_cache` packs once.
     """
     path = Path(path)
     if path.suffix.lower() != ".npy":
         path = pack_into_cache(path, size)
     array = open_array(path)
     pixels = array.reshape(-1, *array.shape[-3:])
-    index_path = path.with_suffix(".json")
-    if index_path.is_file():
-        videos = read_json(index_path).get("videos", [])
-    else:
+    videos = read_index(path).get("videos")
+    if videos is None:
         count, length = array.shape[:2] if array.ndim == 5 else (1, len(array))
-        labels = read_json(path.with_name(path.name + ".json")).get("labels") or [None] * count
+        labels = read_json(path.with_name(path.name + ".json")).get("labels")
+        if not isinstance(labels, list) or [type(label) for label in labels] != [str] * count:
+            labels = [None] * count
         videos = [{"name": f"{path.name}[{i}]", "start": i * length, "length": length, "label": label, "split": "train"}
                   for i, label in enumerate(labels)]
-    if sum(video["length"] for video in videos) != len(pixels):
+    starts, lengths = ([video[name] for video in videos] for name in ("start", "length"))
+    if [*starts, len(pixels)] != [0, *itertools.accumulate(lengths)] or min(lengths, default=0) < 0:
         raise DataError(f"the .json file beside {path} does not describe its {len(pixels)} frames; move it away")
     return pixels, videos
+
+
+def read_index(path):
+    """-> the index of a packed file, or {}: a .json beside it that `write_packed` cannot have written is not one."""
+    index = read_json(path.with_suffix(".json"))
+    videos = index.get("videos")
+    is_index = {"size", "skipped"} <= index.keys() and isinstance(videos, list) and all(
+        isinstance(video, dict) and isinstance(video.get("name"), str) and isinstance(video.get("label"), str | None)
+        and type(video.get("start")) is type(video.get("length")) is int and video.get("split") in ("train", "test")
+        for video in videos)
+    return index if is_index else {}
 
 
 def read_json(path):
     """-> the dict in a file; empty if it holds anything else, or is not there."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, TypeError, ValueError):
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (TypeError, ValueError):
         return {}
 
 
@@ -222,8 +240,7 @@ def open_array(path):
     except Exception as error:  # both raise all kinds of them for a damaged file
         raise DataError(f"{path} is damaged, or holds no array or tensor ({type(error).__name__})") from None
     if array.dtype != np.uint8 or array.ndim not in (4, 5) or array.shape[-1] != 3 or not array.flags.c_contiguous:
-        raise DataError(f"{path} holds {array.dtype} {array.shape}; expected uint8 (frames, height, width, 3), or the "
-                        f"same with the number of videos in front, in C order")
+        raise DataError(f"{path} holds {array.dtype} {array.shape}; expected uint8 (frames, height, width, 3)")
     return array
 
 
@@ -243,16 +260,18 @@ def read_whole_videos(path, size):
     if path.suffix.lower() == ".npy":
         packed = PackedVideos(path, 1, size, "all")
         return [packed.pixels[video["start"]:video["start"] + video["length"]] for video in packed.videos]
-    video = decode_or_reason(path, size)
-    if isinstance(video, str):
-        raise DataError(f"{path} cannot be read as a video: {video}")
-    return [video]
+    frames, _ = decode(path, size)
+    if isinstance(frames, str):
+        raise DataError(f"{path} cannot be read as a video: {frames}")
+    return [frames]
 
 
 # ---------------------------------------------------------------------------------------- packing
 
-VIDEO_FILES = {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".gif", ".webp", ".npy", ".pt"}
-FRAME_FILES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".tif", ".tiff"}
+ANIMATIONS = {".gif", ".webp", ".apng"}
+VIDEO_FILES = ANIMATIONS | {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".m2v", ".vob", ".ts",
+                            ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".3gp", ".ogv", ".mxf", ".y4m", ".npy", ".pt"}
+FRAME_FILES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2", ".avif", ".heic"}
 SPLIT_FOLDERS = {"train": "train", "training": "train",
                  "test": "test", "testing": "test", "val": "test", "valid": "test", "validation": "test"}
 
@@ -262,50 +281,37 @@ def pack_into_cache(source, size):
     videos = find_videos(source)
     if size is None:
         raise DataError(f"{source} is not a packed .npy file: give --size, the height and width to pack it at")
-    packed = cache_folder() / f"{source.resolve().name[:50]}-{size}-{fingerprint(videos)}.npy"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssm-video-diffusion"
+    packed = cache / f"{source.resolve().name[:50]}-{size}-{hash_of_files(videos)}.npy"
     if not packed.exists():
         print(f"packing {source} at {size}x{size}, once, into {packed}")
         pack(source, packed, size)
     return packed
 
 
-def cache_folder():
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssm-video-diffusion"
-
-
 def pack(source, out, size, workers=None, min_frames=1, stride=1, test_fraction=0):
     """Pack every video in the folder `source` (or the one file) into `out` and its index -> the index.
 
-    Every `stride`-th frame; shorter side resized to `size` with antialiasing, then cropped around the centre. Sorted by
-    name, whatever the number of `workers` (default: all cores). A video's label is its folder's name; its split is
-    UCF101's official one (trainlist01.txt, testlist01.txt in or beside the source) or else that of a folder called
-    train or test above it, or else by `hold_out`. Videos that cannot be decoded, or of which fewer than `min_frames`
-    frames are kept, are skipped and listed with the reason. Raises OSError and DataError, also if nothing is usable.
+    Every `stride`-th frame; shorter side resized to `size`, then cropped around the centre. Sorted by name, whatever
+    the number of `workers` (default: two per core). A video's label is its folder's name; its split is UCF101's
+    official one (trainlist01.txt, testlist01.txt in or beside the source) or that of a folder called train or test
+    above it, or else by `hold_out`. Videos that cannot be decoded, or of which fewer than `min_frames` frames are kept,
+    are listed with the reason. Raises OSError and DataError, also if no video is usable.
     """
     found = find_videos(Path(source))
     if test_fraction:
         hold_out(found, test_fraction)
-    about = {"size": size, "stride": stride, "min_frames": min_frames, "test_fraction": test_fraction,
-             "files": fingerprint(found)}
-    # In order, each worker two videos ahead at most. Arrays come through a pipe; tensors would come through shared
-    # memory, of which containers have little.
-    decode_one = functools.partial(decode_or_reason, size=size, min_frames=min_frames, stride=stride)
-    decoded = DataLoader([video["path"] for video in found], batch_size=None, collate_fn=decode_one,
-                         num_workers=min(workers or cpus(), len(found)), worker_init_fn=end_when_interrupted,
-                         generator=torch.Generator())
-    try:
-        return write_packed(out, about, len(found), zip(found, decoded))
-    except RuntimeError as error:  # a worker has died
-        raise DataError(f"the decoder crashed soon after the last video counted: {error}") from None
+    settings = {"size": size, "stride": stride, "min_frames": min_frames}
+    # Twice as many workers as cores: results are taken in order, so that some wait for that of a longer video.
+    decoded = in_processes(functools.partial(decode, **settings), [video["path"] for video in found],
+                           min(workers or 2 * cpus(), len(found)))
+    about = settings | {"test_fraction": test_fraction, "files": hash_of_files(found)}
+    return write_packed(out, about, len(found), zip(found, decoded))
 
 
 def cpus():
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def end_when_interrupted(_worker):
-    signal.signal(signal.SIGINT, lambda *_: os._exit(0))  # at once, though a long video is being decoded
 
 
 def hold_out(videos, fraction):
@@ -317,11 +323,10 @@ def hold_out(videos, fraction):
     for video, value in zip(videos, hashes):
         video["split"] = "test" if value <= max(fraction, min(hashes)) else "train"
     if not any(video["split"] == "train" for video in videos):
-        raise DataError(f"--test-fraction {fraction} leaves none of {len(videos)} videos to train on; expected more "
-                        "videos, or a smaller fraction")
+        raise DataError(f"--test-fraction {fraction} leaves no video to train on; expected more, or a smaller fraction")
 
 
-def fingerprint(videos):
+def hash_of_files(videos):
     """A hash of what `find_videos` found: names, labels, splits, and the files' sizes and times of change."""
     stamps = [[video["name"], video["label"], video["split"],
                *[(file.name, file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else None
@@ -330,11 +335,10 @@ def fingerprint(videos):
 
 
 def write_packed(out, about, count, videos):
-    """Write `count` videos, ({"name", "label", "split"}, its frames or why it has none), to `out` -> the index.
+    """Write `count` videos, pairs of {"name", "label", "split"} and what `decode` returns -> the index.
 
-    about: what shapes the file, for the index. A file made from the same stays as it is, any other is refused. Array
-    and index are written to a temporary folder, then renamed, the index first: an array without one would pass for a
-    single long video. A kill leaves that folder behind, hidden, beside `out`.
+    about: what shapes the file, for the index. A file made from the same stays as it is, any other is refused. Both are
+    written to a temporary folder, then renamed, the index first: an array without one would pass for one long video.
     """
     from tqdm import tqdm
 
@@ -349,59 +353,67 @@ def write_packed(out, about, count, videos):
     if out.exists():
         print(f"{out} is there already, made by this same command; delete it to make it again")
         return index
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # A folder with a name of its own: two runs may pack the same videos at once.
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, \
-            open(Path(folder, out.name), "wb") as file:
+    try:  # a folder with a name of its own: two runs may pack the same videos at once
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
+    except OSError as error:
+        raise OSError(f"{out} cannot be written: {error.strerror}") from None
+    with folder, open(Path(folder.name, out.name), "wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (0, size, size, 3)}
         np.lib.format.write_array_header_1_0(file, header)  # leaves room for what the first axis will be
-        for video, frames in tqdm(videos, total=count, unit="video", disable=None):
+        for video, (frames, fps) in tqdm(videos, total=count, unit="video", disable=None):
             if isinstance(frames, str):
                 skipped.append({"name": video["name"], "reason": frames})
                 tqdm.write(f"skipped {video['name']!r}: {frames}")
             else:
                 file.write(frames.data)
                 entries.append({"name": video["name"], "start": total, "length": len(frames),
-                                "label": video["label"], "split": video["split"]})
+                                "label": video["label"], "split": video["split"], "fps": fps})
                 total += len(frames)
         if not entries:
-            raise DataError(f"none of the {count} videos is usable; {skipped[0]['name']}: {skipped[0]['reason']}")
+            raise DataError(f"there is no usable video; {skipped[0]['name']}: {skipped[0]['reason']}")
         file.seek(0)
         np.lib.format.write_array_header_1_0(file, header | {"shape": (total, size, size, 3)})
         file.flush()
         os.fsync(file.fileno())
         index = about | {"videos": entries, "skipped": skipped}
-        Path(folder, index_path.name).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        Path(folder.name, index_path.name).write_text(json.dumps(index, indent=1), encoding="utf-8")
         for path in (index_path, out):
-            os.replace(Path(folder, path.name), path)
+            os.replace(Path(folder.name, path.name), path)
     tests, classes = sum(video["split"] == "test" for video in entries), {video["label"] for video in entries} - {None}
-    print(f"packed {len(entries)} videos ({len(entries) - tests} train, {tests} test), {len(classes)} classes, {total} "
-          f"frames of {size}x{size} into {out} ({total * size**2 * 3 / 1e6:.1f} MB); {len(skipped)} skipped")
+    print(f"packed {out}: {len(entries) - tests} for training, {tests} for tests, {len(skipped)} skipped; "
+          f"{total} frames of {size}x{size} ({total * size**2 * 3 / 1e6:.1f} MB); classes: {len(classes)}")
+    rates = {round(video["fps"]) for video in entries if video["fps"]}
+    if len(rates) > 1:
+        print(f"frame rates differ, from {min(rates)} to {max(rates)} per second; frames count, whatever their time")
     return index
 
 
 def find_videos(source):
     """[{"name", "path", "label", "split"}, ...] sorted by name. Raises DataError.
 
-    A path is a video file, or a folder of numbered frames: one with pictures and neither videos nor folders in it.
+    A path is a video file, or a folder of numbered frames: one with pictures and no videos in it. There are also those
+    that cannot be read, and pictures beside videos: `decode` gives the reason.
     """
-    def refuse(error):  # such as a folder that cannot be read, or links that lead round in a circle
-        raise DataError(f"{error.filename} cannot be read as videos: {error.strerror}")
-
     paths = [source] if source.is_file() and source.suffix.lower() in VIDEO_FILES else []
-    for folder, subfolders, files in [] if paths else os.walk(source, followlinks=True, onerror=refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files = [Path(folder, name) for name in files if not name.startswith(".")]
+
+    def unreadable(error):
+        if not isinstance(error, PermissionError) or Path(error.filename) == source:  # such as links round in a circle
+            raise DataError(f"{error.filename} cannot be read as videos: {error.strerror}")
+        paths.append(Path(error.filename))
+
+    for folder, subfolders, names in [] if source.is_file() else os.walk(source, followlinks=True, onerror=unreadable):
+        subfolders[:] = [name for name in subfolders if name[0] != "." and name != "@eaDir"]  # a NAS's thumbnails
+        files = [Path(folder, name) for name in names if name[0] != "."]
         videos = [file for file in files if file.suffix.lower() in VIDEO_FILES]
-        if not videos and not subfolders and any(file.suffix.lower() in FRAME_FILES for file in files):
-            videos = [Path(folder)]
-        paths += videos
+        pictures = [file for file in files if file.suffix.lower() in FRAME_FILES]
+        paths += videos + pictures if videos or not pictures else [Path(folder)]
     if not paths:
         raise DataError(f"{source} holds no videos; expected {' '.join(sorted(VIDEO_FILES))}, or folders of pictures")
     # UCF101's lists of split 01 have lines such as "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1".
-    lists = [(folder / below / f"{split}list01.txt", split) for folder in (source, source.resolve().parent)
-             for below in ("", "ucfTrainTestlist") for split in ("train", "test")]
-    official = {Path(line.split()[0]).stem: split for file, split in lists if file.is_file()
+    official = {Path(line.split()[0]).stem: split for split in ("train", "test")
+                for folder in (source, source.resolve().parent)
+                for file in (*folder.glob(f"{split}list01.txt"), *folder.glob(f"ucfTrainTestlist/{split}list01.txt"))
                 for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()}
     found = []
     for path in paths:
@@ -413,57 +425,58 @@ def find_videos(source):
     return sorted(found, key=lambda video: video["name"])
 
 
-def files_of(video):
+def files_of(path):
     """The file of a video; of a folder of frames the pictures in the order of their numbers: 2.png before 10.png."""
-    if not video.is_dir():
-        return [video]
-    pictures = sorted(path for path in video.iterdir() if path.suffix.lower() in FRAME_FILES and path.name[0] != ".")
-    return sorted(pictures, key=lambda path: [int(part) if part.isdecimal() else part
-                                              for part in re.split(r"(\d+)", path.name)])
+    if not path.is_dir() or not os.access(path, os.R_OK):
+        return [path]
+    pictures = [file for file in path.iterdir() if file.suffix.lower() in FRAME_FILES and file.name[0] != "."]
+    return sorted(pictures, key=lambda file: ([int(part) if part.isdecimal() else part
+                                               for part in re.split(r"(\d+)", file.name)], file.name))
 
 
 # ---------------------------------------------------------------------------------------- decoding
 
 
-def decode_or_reason(path, size, min_frames=1, stride=1):
-    """-> uint8 (frames, size, size, 3), or a str, why the video cannot be used."""
-    try:
-        video = decode(path, size, stride)
-    except Exception as error:  # whatever a bad file does to a decoder, it is one bad file
-        return " ".join(str(error).split())[:200] or type(error).__name__
-    return video if len(video) >= min_frames else f"has {len(video)} frames, fewer than {min_frames}"
-
-
-def decode(path, size, stride=1):
-    """A video file or folder of frames -> uint8 (frames, size, size, 3). Raises all sorts of errors for a bad file."""
+def decode(path, size, min_frames=1, stride=1):
+    """A video file or folder of frames -> uint8 (frames, size, size, 3), and the file's frames per second, or None; of
+    a video that cannot be used, or has too few frames, the reason, a str, and None."""
     # `fit` takes the largest square around the centre; bicubic in Pillow widens its filter as it shrinks: no aliasing.
     # Frames are resized as they are decoded: a long HD video is never in memory at its full size.
-    images = read_images(Path(path).absolute(), size)  # FFmpeg takes the "a" of "a:b.mp4" for a protocol
-    small = [ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-             for image in itertools.islice(images, 0, None, stride)]
-    if not small:
-        raise DataError("has no frames")
-    return np.stack(small)
+    small, duration = [], None
+    try:
+        images = read_images(Path(path).absolute(), size)  # FFmpeg takes the "a" of "a:b.mp4" for a protocol
+        for image in itertools.islice(images, 0, None, stride):
+            duration = image.info.get("duration")  # in milliseconds
+            if image.has_transparency_data:  # over black, as in video players: pixels may hide any colour
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
+            small.append(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+    except Exception as error:  # whatever a bad file does to a decoder, it is one bad file
+        return " ".join(str(error).split())[:200] or type(error).__name__, None
+    if len(small) < min_frames:
+        return f"has fewer than {min_frames} frames: {len(small)}", None
+    return np.stack(small), round(1000 / duration, 2) if duration else None
 
 
 def read_images(path, size):
     """The frames of a video as PIL images, scaled down to no less than twice `size`, or not at all."""
-    files, kind = files_of(path), path.suffix.lower()
+    files, is_folder, kind = files_of(path), path.is_dir(), path.suffix.lower()
     if not all(file.is_file() for file in files):  # reading a pipe would wait for ever
-        raise DataError("is not there, or not a regular file")
-    if path.is_dir():
+        raise DataError("is not there, may not be read, or is not a regular file")
+    if is_folder or kind in FRAME_FILES | ANIMATIONS:
         for file in files:
             with Image.open(file) as image:
+                animated = getattr(image, "is_animated", False) and image.format != "MPO"  # a JPEG and its preview
+                if animated == is_folder:
+                    raise DataError(f"{file.name} is {'several pictures' if animated else 'one picture'}; expected a "
+                                    "video, or a folder of pictures and nothing else")
                 if image.mode[0] in "IF":  # Pillow would cut these off at 255, not scale them
                     raise DataError(f"{file.name} has more than 8 bits per channel")
-                yield ImageOps.exif_transpose(image)
+                frames = ImageSequence.Iterator(image) if animated else [image]  # partial ones on top of those before
+                yield from map(ImageOps.exif_transpose, frames)
     elif kind in (".npy", ".pt"):
-        if kind == ".npy" and path.with_suffix(".json").is_file():
+        if read_index(path):
             raise DataError("is packed already: there is an index beside it")
         yield from map(Image.fromarray, open_array(path))
-    elif kind in (".gif", ".webp"):
-        with Image.open(path) as image:
-            yield from ImageSequence.Iterator(image)  # partial frames on top of those before
     else:
         yield from read_film(path, size)
 
@@ -471,11 +484,14 @@ def read_images(path, size):
 def read_film(path, size):
     import av  # here, so that everything but decoding works without it
 
+    if int(av.__version__.split(".")[0]) < 17:
+        raise DataError(f"PyAV {av.__version__} mixes up the colours of HD video; expected 17 or later")
     av.logging.set_level(av.logging.PANIC)  # what FFmpeg has to say about a bad file comes as an exception
     with av.open(str(path)) as container:
-        if not container.streams.video or container.streams.video[0].codec_context is None:
+        stream = next((stream for stream in container.streams.video if stream.codec_context is not None
+                       and not stream.disposition & av.stream.Disposition.attached_pic), None)  # the cover of music
+        if stream is None:
             raise DataError("has no video stream that can be decoded")
-        stream = container.streams.video[0]
         stream.codec_context.thread_count = 1  # there is one process per core already
         for packet in container.demux(stream):
             if packet.is_corrupt:
@@ -483,12 +499,26 @@ def read_film(path, size):
             for frame in packet.decode():
                 if frame.is_corrupt:  # FFmpeg has made up what it could not decode
                     raise DataError("has damaged frames")
-                # Down to twice the size while converting to RGB: five times faster for HD. `decode` does the rest.
+                alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+                # Down to twice the size while converting to RGB: five times faster for HD. `decode` does the rest, and
+                # all of it where pixels may be transparent: the colours that they hide must not be mixed with others.
                 width = frame.width * (stream.sample_aspect_ratio or 1)  # pixels need not be square
-                scale = min(1, 2 * size / min(width, frame.height))
+                scale = 1 if alpha else min(1, 2 * size / min(width, frame.height))
                 width, height = round(width * scale), round(frame.height * scale)
-                image = frame.reformat(width, height, "rgb24", interpolation="AREA").to_image()
-                yield image.rotate(round(frame.rotation / 90) * 90, expand=True)
+                pixels = frame.reformat(width, height, "rgba" if alpha else "rgb24", interpolation="AREA").to_ndarray()
+                image = Image.fromarray(upright(pixels, frame.side_data.get("DISPLAYMATRIX")))
+                image.info["duration"] = float(1000 / (stream.average_rate or math.inf))
+                yield image
+
+
+def upright(pixels, matrix):
+    """(h, w, c) as a player shows it, turned by quarters and mirrored. matrix: FFmpeg's AVDisplayMatrix, or None."""
+    if matrix is not None:
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].astype(float)  # (x, y) is shown at (a x + c y, b x + d y)
+        if abs(b) + abs(c) > abs(a) + abs(d):
+            pixels, a, d = pixels.swapaxes(0, 1), c, b
+        pixels = pixels[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+    return np.ascontiguousarray(pixels)
 
 
 # ---------------------------------------------------------------------------------------- command
@@ -497,31 +527,34 @@ def read_film(path, size):
 def main():
     from command import Parser, non_negative_int, positive_int, zero_to_one
 
-    parser = Parser(description="Packs videos into one .npy file that train.py reads.", epilog="train.py "
-                    f"--data FOLDER packs the folder itself, all frames of all videos, into {cache_folder()}.")
+    parser = Parser(description="Packs videos into one .npy file. train.py --data FOLDER does so, too, into ~/.cache.")
     add = parser.add_argument
     add("source", help="a folder of videos, one video, or the word maze for the embedded walks")
     add("--size", type=positive_int, required=True, help="height and width of packed frames, in pixels")
     add("--out", required=True, help="the .npy file to write; its index goes beside it as .json")
     add = parser.add_argument_group("videos only").add_argument
-    add("--workers", type=positive_int, help="processes that decode (default: one per core)")
-    add("--stride", type=positive_int, default=1, help="keep every n-th frame only (default: 1)")
-    add("--min-frames", type=positive_int, default=1, help="skip videos with fewer frames to keep (default: 1)")
-    add("--test-fraction", type=zero_to_one, default=0, help="share of the videos, chosen by a hash of their names, to "
-        "hold out as the test split where there are no test folders or lists (default: 0)")
+    add("--workers", type=positive_int, help="processes that decode (default: two per core)")
+    add("--stride", type=positive_int, help="keep every n-th frame only (default: 1)")
+    add("--min-frames", type=positive_int, help="skip videos with fewer frames to keep (default: 1)")
+    add("--test-fraction", type=zero_to_one, help="share of the videos to hold out, by a hash of names (default: 0)")
     add = parser.add_argument_group("maze only").add_argument
-    add("--frames", type=positive_int, default=500, help="frames per walk (default: 500)")
-    add("--num", type=positive_int, default=100, help="number of walks (default: 100)")
-    add("--seed", type=non_negative_int, default=0, help="another seed, other walks (default: 0)")
+    add("--frames", type=positive_int, help="frames per walk (default: 500)")
+    add("--num", type=positive_int, help="number of walks (default: 100)")
+    add("--seed", type=non_negative_int, help="another seed, other walks (default: 0)")
     args = parser.parse_args()
-    if args.source != "maze":
-        pack(args.source, args.out, args.size, args.workers, args.min_frames, args.stride, args.test_fraction)
+    is_maze = args.source == "maze"
+    for name in ("workers", "stride", "min_frames", "test_fraction") if is_maze else ("frames", "num", "seed"):
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: not a flag for {args.source}; see --help")
+    if not is_maze:
+        pack(args.source, args.out, args.size, args.workers, args.min_frames or 1, args.stride or 1,
+             args.test_fraction or 0)
         return
-    mazes = maze_videos(args.frames, args.size)
-    walks = (mazes.clip_and_label(args.seed, i) for i in range(args.num))
-    about = {name: getattr(args, name) for name in ("source", "size", "frames", "num", "seed")}
-    write_packed(args.out, about, args.num, (
-        ({"name": f"walk{i:05d}", "label": label, "split": "train"}, clip) for i, (clip, label) in enumerate(walks)))
+    frames, num, seed = args.frames or 500, args.num or 100, args.seed or 0
+    mazes = open_videos("maze", frames, args.size)
+    walks = ((i, *mazes.clip_and_label(seed, i)) for i in range(num))
+    write_packed(args.out, {"source": "maze", "size": args.size, "frames": frames, "num": num, "seed": seed}, num, (
+        ({"name": f"walk{i:05d}", "label": label, "split": "train"}, (clip, None)) for i, clip, label in walks))
 
 
 if __name__ == "__main__":

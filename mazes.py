@@ -39,7 +39,7 @@ class MazeVideos:
     either, so "all" is just "train". Raises ValueError for a clip of no frames, or of less than 8x8 pixels.
     """
 
-    splits = ("train", "test")
+    splits, fingerprint, stride = ("train", "test"), "maze", 1
 
     def __init__(self, frames, size, split="train"):
         if frames < 1 or size < 8 or frames * size**2 > 2**34:

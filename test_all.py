@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import runpy
+import select
 import shlex
 import shutil
 import signal
@@ -1391,7 +1392,7 @@ def test_sample_writes_what_data_reads(small_checkpoint, tmp_path, monkeypatch, 
     videos = np.load(path)
     assert videos.shape == (3, 9, 16, 16, 3) and videos.dtype == np.uint8
     assert data.PackedVideos(path, frames=9, size=16).num_windows == 3
-    assert data.decode(path.with_suffix(".gif"), 16).shape[0] == data.decode(path.with_suffix(".mp4"), 16).shape[0] == 9
+    assert [len(data.decode(path.with_suffix(kind), 16)[0]) for kind in (".gif", ".mp4")] == [9, 9]
     assert json.loads(path.with_name(path.name + ".json").read_text())["step"] == 1
     with Image.open(path.with_suffix(".png")) as image:
         image.load()
@@ -1487,7 +1488,7 @@ def test_prediction_and_infilling_resume(small_checkpoint, tmp_path, monkeypatch
     assert len(calls) == 3 and not [name for name in os.listdir() if name.startswith(".")]
     assert Path("stopped.npy").read_bytes() == Path("whole.npy").read_bytes()
     run_sample(monkeypatch, *sampler, "--num", 1, "--condition", "clip.mp4", "--given=-2:", "--out", "end.npy")
-    assert np.array_equal(np.load("end.npy")[0, -2:], data.decode("clip.mp4", 8)[-2:])
+    assert np.array_equal(np.load("end.npy")[0, -2:], data.decode("clip.mp4", 8)[0][-2:])
     # a network of other data than the clip's
     data.pack(Path("clip.mp4"), Path("packed.npy"), size=8, workers=1, stride=2)
     save_checkpoint("strided.pt", data_stride=2)
@@ -1563,9 +1564,9 @@ def test_no_file_that_is_loaded_runs_code(save, tmp_path, monkeypatch):
     Path("executed").rmdir()  # so it would work
     for name, load in [
             ("ckpt.pt", sample.load_checkpoint), ("weights.pt", fvd.load_i3d),
-            ("video.pt", lambda path: data.decode(path, 8)), ("video.npy", lambda path: data.decode(path, 8)),
+            ("video.pt", lambda path: data.read_whole_videos(path, 8)), ("video.npy", data.open_array),
             ("packed.npy", lambda path: data.open_videos(path, 2, 8)), ("packed.npy", data.read_videos),
-            ("index.json", lambda path: data.open_videos(write_npy(tmp_path / "index.npy", 6), 2, 8))]:
+            ("index.json", lambda path: data.open_videos(write_npy(tmp_path / "index.npy", 6), 7, 8))]:
         save(Code(), Path(name))
         with pytest.raises(ValueError):
             load(Path(name))
@@ -1583,12 +1584,12 @@ def bad_files(tmp_path_factory):
         (folder / name).write_text("text")
     for name, shape, dtype in [
             ("short", (6, 8, 8, 3), np.uint8), ("wide", (5, 16, 16, 3), np.uint8), ("zero", (0, 8, 8, 3), np.uint8),
-            ("float", (9, 8, 8, 3), np.float32), ("list", (9, 8, 8, 3), np.uint8), ("fewer", (9, 8, 8, 3), np.uint8),
+            ("float", (9, 8, 8, 3), np.float32), ("fewer", (9, 8, 8, 3), np.uint8),
             ("real", (4, 12, 8, 8, 3), np.uint8), ("fake", (4, 9, 8, 8, 3), np.uint8)]:
         np.save(folder / f"{name}.npy", np.zeros(shape, dtype))
     (folder / "cut.npy").write_bytes((folder / "short.npy").read_bytes()[:-1])
-    (folder / "list.json").write_text("[]")
-    (folder / "fewer.json").write_text(json.dumps({"videos": [{"start": 0, "length": 8, "split": "train"}]}))
+    video = {"name": "a", "start": 0, "length": 8, "label": None, "split": "train"}
+    (folder / "fewer.json").write_text(json.dumps({"size": 8, "videos": [video], "skipped": []}))
     os.mkfifo(folder / "pipe.npy")
     torch.save({"step": Code()}, folder / "code.pt")
     torch.save({"step": 1}, folder / "other.pt")
@@ -1602,7 +1603,7 @@ BAD_INPUT = {
              "--grad-accum 2 --batch-size 5; --temporal attention --unidirectional; --temporal attention --causal; --channel-mults 1 --size 4; "
              "--data missing; --dry-run --data short.npy --frames 9; --size 5 --channel-mults 1 2 --dry-run --size 5; "
              "--data empty; --data notes.txt; --data float.npy; --data zero.npy; --data cut.npy; --data pipe.npy; "
-             "--data list.npy; --data fewer.npy; --data short.npy --frames 9; --data short.npy --size 16; "
+             "--data fewer.npy; --data short.npy --frames 9; --data short.npy --size 16; "
              "--data short.npy --split test; --classes --data short.npy; --device gpu; --out file; --frames 999999999; "
              "--fvd-every 3 --frames 8",
     "sample": "--ckpt missing.pt; --ckpt text.mp4; --ckpt code.pt; --ckpt other.pt; --num 0; --eta 1.5; --guidance -1; "
@@ -1613,7 +1614,7 @@ BAD_INPUT = {
               + "".join(f"--ckpt CKPT --condition short.npy --given {given}; " for given in ("0:9", "3", "a:b", "3:3"))
               + "--ckpt CKPT --given 0:2 --condition wide.npy",
     "data": "missing; text.mp4; fewer.npy; folder --out short.npy; folder --out fewer.npy; folder --out x.npz; "
-            "folder --test-fraction 0.1",
+            "folder --test-fraction 0.1; folder --frames 5; maze --stride 2; notes.txt; folder --out file/x.npy",
     "fvd": "--real float.npy; --real folder; --real short.npy; --fake short.npy --frames 6; --frames 8; --split test; "
            "--stride 2; --num-fake 10; --num-real 1000; --protocol 2048; --repeats 0; --out notes.txt; "
            "--i3d none.pt; --i3d other.pt; --i3d code.pt; --i3d code.ckpt",
@@ -1649,18 +1650,23 @@ def test_a_bug_keeps_its_traceback():
 # ------------------------------------------------------------------------------------------------ data
 
 
-def write_mp4(path, frames, colour_of=None, codec="mpeg4", pixels="yuv420p", height=48, width=64, aspect=1):
-    """A video whose frame i is one grey level, 16 + 10 i, or colour_of(i)."""
+def write_mp4(path, frames, colour_of=None, codec="mpeg4", pixels="yuv420p", height=48, width=64, aspect=1, rate=25,
+              given="rgb24", matrix=2, full=False):
+    """A video whose frame i is one grey level, 16 + 10 i, or colour_of(i), in the pixel format `given`."""
     import av
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (3, height, width) if given == "yuv444p" else (height, width, len(given.rstrip("24")))
+    same = dict(src_colorspace=matrix, dst_colorspace=matrix, src_color_range=1 + full, dst_color_range=1 + full)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25)
+        stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 1 + full
         for i in range(frames):
-            picture = np.full((height, width, 3), colour_of(i) if colour_of else 16 + 10 * i, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)))
+            picture = np.broadcast_to(colour_of(i) if colour_of else 16 + 10 * i, shape).astype(np.uint8, order="C")
+            frame = av.VideoFrame.from_ndarray(picture, format=given)
+            container.mux(stream.encode(frame.reformat(format=pixels, **same if given == "yuv444p" else {})))
         container.mux(stream.encode())
     return path
 
@@ -1705,7 +1711,7 @@ def test_maze_walks_are_a_function_of_their_key():
 
 def test_every_window_is_equally_likely_and_none_crosses_a_boundary(three_videos):
     videos = data.PackedVideos(three_videos, frames=4, size=8)
-    assert len(videos) == videos.num_windows == 7 + 2 and videos.num_too_short == 1
+    assert videos.num_windows == 7 + 2 and videos.num_too_short == 1
     counts = {}
     for i in range(1800):
         clip = videos.clip(0, i)
@@ -1731,10 +1737,54 @@ def test_batches_do_not_depend_on_world_size_first_step_or_workers(three_videos)
     assert torch.equal(steps[3][1], torch.from_numpy(videos.clip(7, 3, 1)))
 
 
-def test_pack_reads_every_kind_of_video(tmp_path):
+class Stuck:
+    """Videos of which step 2's clips never come."""
+
+    def clip_and_label(self, seed, step, i):
+        time.sleep(60 if step == 2 else 0)
+        return np.zeros((9, 99, 99, 3), np.uint8), None
+
+
+@pytest.mark.parametrize("ends", [data.DataError, Killed])
+def test_a_dead_worker_or_a_signal_ends_the_wait_for_data(ends, monkeypatch):
+    def on_alarm(*_):
+        for worker in workers:
+            worker.kill()
+        if ends is Killed:
+            raise Killed
+
+    monkeypatch.setattr("tempfile.tempdir", "/tmp/" + "long" * 35)
+    before, loader = set(multiprocessing.active_children()), data.batches(Stuck(), range(2), 0, workers=2)
+    assert next(loader).shape == (2, 9, 99, 99, 3)
+    workers = set(multiprocessing.active_children()) - before
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGINT)  # from the terminal it comes to all
+    next(loader)
+    handler = signal.signal(signal.SIGALRM, on_alarm)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    with pytest.raises(ends):
+        next(loader)
+    signal.signal(signal.SIGALRM, handler)
+
+
+def test_workers_end_with_the_main_process(tmp_path):
+    os.mkfifo(tmp_path / "alive")
+    main = fork(f"import multiprocessing, sys, time; sys.path.insert(0, {str(HERE)!r}); import data; "
+                "multiprocessing.set_start_method('fork', force=True); "
+                f"alive = open({str(tmp_path / 'alive')!r}, 'w')\n"  # which the workers inherit
+                "for clips in data.batches(data.open_videos(None, 64, 32), range(4), 0, workers=3):\n"
+                "    print(file=alive, flush=True), time.sleep(60)")
+    with open(tmp_path / "alive") as alive:
+        alive.readline()
+        main.kill()
+        assert select.select([alive], [], [], 30)[0] and alive.read() == "", "nobody has it open any more"
+
+
+def test_pack_reads_every_kind_of_video(tmp_path, capsys):
     source = tmp_path / "source"
     write_mp4(source / "jump" / "clip one ü.mp4", 6)
-    (source / "run" / "frames").mkdir(parents=True)
+    write_mp4(source / "jump" / "old.mpg", 3, codec="mpeg1video", rate=50)
+    (source / "run" / "frames" / "masks").mkdir(parents=True)
     for i in range(1, 13):  # without leading zeros: frame10 must not come before frame2
         Image.new("L", (20, 12), 10 * i).save(source / "run" / "frames" / f"frame{i}.png")
     gif = [Image.new("RGB", (10, 10), (60 * i, 0, 0)) for i in range(4)]
@@ -1746,12 +1796,14 @@ def test_pack_reads_every_kind_of_video(tmp_path):
         (source / name).write_text("not a video")
     index = data.pack(source, tmp_path / "packed.npy", size=8, workers=2, min_frames=2)
     assert index == json.loads((tmp_path / "packed.json").read_text()) and index["skipped"] == []
-    got = [(video["name"], video["length"], video["label"], video["split"]) for video in index["videos"]]
-    assert got == [("jump/clip one ü.mp4", 6, "jump", "train"), ("loop.gif", 4, None, "train"),
-                   ("loop.webp", 4, None, "train"), ("run/frames", 12, "run", "train"),
-                   ("val/walk.npy", 5, None, "test"), ("val/walk.pt", 3, None, "test")]
-    frames = np.load(tmp_path / "packed.npy", mmap_mode="r", allow_pickle=False)
-    assert frames.shape == (34, 8, 8, 3) and frames.dtype == np.uint8
+    got = [(video["name"], video["length"], video["label"], video["split"], video["fps"]) for video in index["videos"]]
+    assert got.pop(1) == ("jump/old.mpg", 3, "jump", "train", 50) and "25 to 50" in capsys.readouterr().out
+    assert got == [("jump/clip one ü.mp4", 6, "jump", "train", 25), ("loop.gif", 4, None, "train", 25),
+                   ("loop.webp", 4, None, "train", 25), ("run/frames", 12, "run", "train", None),
+                   ("val/walk.npy", 5, None, "test", None), ("val/walk.pt", 3, None, "test", None)]
+    frames = np.load(tmp_path / "packed.npy", allow_pickle=False)
+    assert frames.shape == (37, 8, 8, 3) and frames.dtype == np.uint8
+    frames = np.delete(frames, range(6, 9), 0)
     middle = frames[:, 4, 4].astype(int)
     assert np.abs(middle[:6] - (16 + 10 * np.arange(6))[:, None]).max() <= 3, "the mp4, lossy"
     assert np.array_equal(middle[6:14, 0], [0, 60, 120, 180] * 2) and middle[6:14, 1:].max() == 0
@@ -1762,9 +1814,16 @@ def test_pack_reads_every_kind_of_video(tmp_path):
     assert data.PackedVideos(tmp_path / "packed.npy", 5, 8, "test").videos[0]["name"] == "val/walk.npy"
 
 
-def test_bad_videos_are_skipped_with_the_reason(tmp_path, capfd):
+def test_what_cannot_be_used_is_listed_with_the_reason(tmp_path, monkeypatch, capfd):
+    import av
+
     def noise(i):
         return np.random.default_rng(i).integers(256, size=(48, 64, 3))
+
+    def scandir(path, scandir=os.scandir):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
 
     folder = tmp_path / "bad"
     folder.mkdir()
@@ -1781,9 +1840,22 @@ def test_bad_videos_are_skipped_with_the_reason(tmp_path, capfd):
     write_npy(folder / "short.npy", 1)
     os.symlink("nowhere.mp4", folder / "dangling.mp4")
     os.mkfifo(folder / "pipe.mp4")
-    for name in ("pictures cut", "pictures deep"):
+    for name in ("pictures cut", "pictures deep", "pages", "frames", "lost+found"):
         (folder / name).mkdir()
         Image.effect_noise((20, 20), 50).save(folder / name / "0.png")
+    two = [Image.new("L", (20, 20), level) for level in (0, 99)]
+    two[0].save(folder / "pages" / "1.tiff", save_all=True, append_images=two[1:])
+    two[0].save(folder / "frames" / "1.png", save_all=True, append_images=two[1:])
+    for name in ("still.webp", "still.gif", "poster beside videos.jpg"):
+        two[0].save(folder / name)
+    with av.open(str(folder / "song.mp4"), "w") as container:
+        sound, cover = container.add_stream("aac", rate=44100), container.add_stream("mjpeg", rate=1)
+        cover.pix_fmt, cover.disposition = "yuvj420p", av.stream.Disposition.attached_pic.value
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), "fltp", "mono")
+        silence.rate = 44100
+        container.mux([*sound.encode(silence), *sound.encode(), *cover.encode(av.VideoFrame(16, 16, "yuvj420p"))])
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("lost+found"))
     (folder / "pictures cut" / "1.png").write_bytes((folder / "pictures cut" / "0.png").read_bytes()[:200])
     Image.fromarray(np.full((4, 4), 60000, np.uint16)).save(folder / "pictures deep" / "1.png")
     names = set(os.listdir(folder))
@@ -1792,27 +1864,98 @@ def test_bad_videos_are_skipped_with_the_reason(tmp_path, capfd):
     assert [video["name"] for video in index["videos"]] == ["good.npy"]
     reasons = {video["name"]: video["reason"] for video in index["skipped"]}
     assert set(reasons) == {f"bad/{name}" for name in names} and all(reasons.values())
+    assert "no video" in reasons["bad/song.mp4"]
     printed = capfd.readouterr()
     assert printed.out.count("\n") == len(names) + 1 and "Traceback" not in printed.err
 
 
-def test_unusual_videos_are_read_whole_and_upright(tmp_path):
+def test_unusual_videos_are_read_whole(tmp_path):
     for name, settings in [("10 bits.mp4", dict(codec="libx264", pixels="yuv420p10le")), ("%03d co:lon 'ü'\n.mp4", {}),
-                           ("alpha.mov", dict(codec="png", pixels="rgba")),
+                           ("opaque.mov", dict(codec="png", pixels="rgba")),
                            ("gray.mkv", dict(codec="ffv1", pixels="gray")),
                            ("thin.mkv", dict(codec="ffv1", pixels="yuv444p", height=3, width=101))]:
-        video = data.decode(write_mp4(tmp_path / name, 6, **settings), 8)
-        assert np.abs(video - (16 + 10 * np.arange(6))[:, None, None, None]).max() <= 6, name
-    dark_left = np.repeat(np.where(np.arange(64) < 32, 40, 200)[None, :, None], 48, 0)
-    content = write_mp4(tmp_path / "turned.mp4", 3, colour_of=lambda i: dark_left).read_bytes()
-    upright, clockwise = (struct.pack(">9i", a, b, 0, -b, a, 0, 0, 0, 2**30) for a, b in ((2**16, 0), (0, 2**16)))
-    (tmp_path / "turned.mp4").write_bytes(clockwise.join(content.rsplit(upright, 1)))
-    video, = data.read_whole_videos(tmp_path / "turned.mp4", 8)
-    assert video.shape == (3, 8, 8, 3) and video[:, :3].max() < 60 and video[:, 5:].min() > 180
+        video, fps = data.decode(write_mp4(tmp_path / name, 6, **settings), 8)
+        assert np.abs(video - (16 + 10 * np.arange(6))[:, None, None, None]).max() <= 6 and fps == 25, name
     # pixels twice as wide as high: 64 x 48 of them make a picture of 128 x 48, of whose columns 20 of 64 are cropped
     bars = np.repeat(np.where(abs(np.arange(64) - 31.5) < 14, 200, 40)[None, :, None], 48, 0)
-    video = data.decode(write_mp4(tmp_path / "wide.mp4", 3, colour_of=lambda i: bars, aspect=2), 8)
+    video, _ = data.decode(write_mp4(tmp_path / "wide.mp4", 3, colour_of=lambda i: bars, aspect=2), 8)
     assert video[:, :, 1:-1].min() > 180
+
+
+@pytest.mark.parametrize("matrix, red, blue", [(1, 0.2126, 0.0722), (6, 0.299, 0.114), (9, 0.2627, 0.0593)])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("pixels", ["yuv444p", "yuv420p10le"])
+def test_colours_are_those_of_bt709_bt601_and_bt2020(matrix, red, blue, full, pixels, tmp_path):
+    r, g, b = rgb = np.array([20, 200, 40])
+    y = red * r + (1 - red - blue) * g + blue * b
+    u, v = (b - y) / (2 - 2 * blue), (r - y) / (2 - 2 * red)
+    yuv = np.array([y, u + 128, v + 128] if full else [y * 219 / 255 + 16, u * 224 / 255 + 128, v * 224 / 255 + 128])
+    path = write_mp4(tmp_path / "a.mkv", 2, lambda i: yuv.round()[:, None, None], "ffv1", pixels, given="yuv444p",
+                     matrix=matrix, full=full)
+    assert np.abs(data.decode(path, 8)[0].astype(int) - rgb).max() <= 3
+
+
+@pytest.mark.parametrize("a, b, c, d", [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1),
+                                        (0, 1, 1, 0), (0, 1, -1, 0), (0, -1, 1, 0), (0, -1, -1, 0)])
+def test_videos_are_upright_by_their_display_matrix(a, b, c, d, tmp_path):
+    levels = {(-1, -1): 200, (1, -1): 130, (-1, 1): 60, (1, 1): 0}  # of the quarters, by x and y
+    picture = np.kron([[200, 130], [60, 0]], np.ones((24, 24)))[..., None].repeat(3, 2)
+    content = write_mp4(tmp_path / "turned.mp4", 3, colour_of=lambda i: picture, width=48).read_bytes()
+    before, after = (struct.pack(">9i", m[0] << 16, m[1] << 16, 0, m[2] << 16, m[3] << 16, 0, 0, 0, 2**30)
+                     for m in ((1, 0, 0, 1), (a, b, c, d)))
+    (tmp_path / "turned.mp4").write_bytes(after.join(content.rsplit(before, 1)))
+    [video] = data.read_whole_videos(tmp_path / "turned.mp4", 4)
+    for (x, y), level in levels.items():
+        column, row = (a * x + c * y + 1) // 2 * 3, (b * x + d * y + 1) // 2 * 3
+        assert np.abs(video[:, row, column].astype(int) - level).max() < 30
+
+
+def test_behind_transparent_pixels_is_black(tmp_path):
+    half = np.zeros((16, 16, 4), np.uint8)
+    half[..., 0], half[:8, :, 1], half[:8, :, 3] = 255, 255, 255         # yellow above; red below, not to be seen
+    image, folder = Image.fromarray(half), tmp_path / "frames"
+    folder.mkdir()
+    for i, picture in enumerate((image, image.quantize(4), image.convert("LA"))):
+        picture.save(folder / f"{i}.png")
+    for name in ("a.gif", "a.webp"):
+        image.save(tmp_path / name, save_all=True, append_images=[image.rotate(180)], lossless=True, exact=True)
+    write_mp4(tmp_path / "a.mov", 2, lambda i: half, "png", "rgba", 16, 16, given="rgba")
+    for path in (folder, tmp_path / "a.gif", tmp_path / "a.webp", tmp_path / "a.mov"):
+        first, second = data.decode(path, 4)[0][:2].astype(int)
+        assert np.abs(first[:2] - (255, 255, 0)).max() < 40 > first[2:].max(), path
+        assert path != folder or np.abs(second[:2] - (255, 255, 0)).max() < 40 > second[2:].max()
+
+
+@pytest.mark.parametrize("name, content", [
+    ("clip.json", {"videos": ["a.mp4"]}), ("clip.json", {"videos": [{"name": "x", "length": 12}]}), ("clip.json", [1]),
+    ("clip.json", {"size": 8, "skipped": [], "videos": 3}), ("clip.json", {"caption": "a dog", "stride": "long"}),
+    *[("clip.npy.json", {"labels": labels}) for labels in (5, {"a": 1}, [1], ["a", "b"])]])
+def test_a_json_file_that_is_not_ours_changes_nothing(name, content, tmp_path):
+    path = write_npy(tmp_path / "clip.npy", 12)
+    (tmp_path / name).write_text(json.dumps(content))
+    videos = data.open_videos(path, 4, 8)
+    assert (videos.num_windows, videos.stride, videos.clip_and_label(0)[1]) == (9, 1, None)
+    assert len(data.decode(path, 8)[0]) == 12
+
+
+@pytest.mark.parametrize("right, pieces", [(True, [(0, 12)]), (True, [(0, 5), (5, 7)]), (False, [(4, 12)]),
+                                           (False, [(99, 12)]), (False, [(0, 13)]), (False, [(0, 17), (17, -5)])])
+def test_an_index_describes_its_frames(right, pieces, tmp_path):
+    path = write_npy(tmp_path / "clip.npy", 12)
+    videos = [{"name": "x", "start": start, "length": length, "label": None, "split": "train"}
+              for start, length in pieces]
+    path.with_suffix(".json").write_text(json.dumps({"size": 8, "skipped": [], "videos": videos}))
+    with contextlib.nullcontext() if right else pytest.raises(data.DataError):
+        data.open_videos(path, 4, 8)
+
+
+def test_the_fingerprint_is_that_of_the_contents(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for place, frames, first in (("a", 9, 0), ("b/c", 9, 0), ("other", 9, 1), ("longer", 10, 0)):
+        write_npy(tmp_path / place / "videos" / "0.npy", frames, first=first)
+    sources = [None, *(tmp_path / place / "videos" for place in ("a", "other", "longer", "b/c"))]
+    prints = [data.open_videos(source, 4, 8).fingerprint for source in sources]
+    assert len(set(prints)) == 4 and prints[1] == prints[4]
 
 
 def test_pack_crops_the_centre_of_the_shorter_side(tmp_path):
@@ -1823,8 +1966,9 @@ def test_pack_crops_the_centre_of_the_shorter_side(tmp_path):
                         ("fine", np.broadcast_to(checkerboard[None, :, :, None], (2, 64, 64, 3)))]:
         np.save(tmp_path / f"{name}.npy", video.copy())
     for name in ("wide", "tall"):  # at the edge the filter sees beyond the crop
-        assert (data.decode(tmp_path / f"{name}.npy", 10)[:, 2:-2, 2:-2] == (200, 100, 50)).all()
-    assert np.abs(data.decode(tmp_path / "fine.npy", 8).astype(int) - 127).max() < 8, "antialiased: grey, no pattern"
+        assert (data.decode(tmp_path / f"{name}.npy", 10)[0][:, 2:-2, 2:-2] == (200, 100, 50)).all()
+    fine, _ = data.decode(tmp_path / "fine.npy", 8)
+    assert np.abs(fine.astype(int) - 127).max() < 8, "antialiased: grey, no pattern"
 
 
 def test_pack_honours_ucf101_lists(tmp_path):
@@ -1858,21 +2002,23 @@ def test_a_pack_is_complete_or_absent_whatever_ends_it(by, tmp_path, monkeypatch
         write_npy(tmp_path / "source" / f"{i:02}.npy", 2 + i % 3, first=10 * i)
     data.pack(tmp_path / "source", tmp_path / "one.npy", size=8, workers=1)
 
-    def decode_or_end(path, size, decode=data.decode):
+    def decode_or_end(path, *args, decode=data.decode, **settings):
         if path.name == "07.npy":
+            assert list(tmp_path.glob(".two.npy.*/two.npy")), "it is being written"
             os.kill(*(os.getpid(), signal.SIGKILL) if by == "a crash" else (os.getppid(), signal.SIGINT))
-            time.sleep(1)
-        return decode(path, size)
+            time.sleep(60)  # a long video: nobody waits for it
+        return decode(path, *args, **settings)
 
     def replace_once(old, new, replace=os.replace):
         if (tmp_path / "two.json").exists():
             raise KeyboardInterrupt
         replace(old, new)
 
-    between = by.endswith("renames")
+    between, handler = by.endswith("renames"), signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(*(os, "replace", replace_once) if between else (data, "decode", decode_or_end))
-    with pytest.raises(data.DataError if by == "a crash" else KeyboardInterrupt):
+    with pytest.raises(data.DataError, match="07.npy") if by == "a crash" else pytest.raises(KeyboardInterrupt):
         data.pack(tmp_path / "source", tmp_path / "two.npy", size=8, workers=2)
+    signal.signal(signal.SIGINT, handler)  # ignored if pytest was started in the background
     assert sorted(os.listdir(tmp_path)) == ["one.json", "one.npy", "source", *["two.json"] * between]
     monkeypatch.undo()
     data.pack(tmp_path / "source", tmp_path / "two.npy", size=8, workers=2)
@@ -1883,7 +2029,7 @@ def test_a_pack_is_complete_or_absent_whatever_ends_it(by, tmp_path, monkeypatch
 def test_the_command_of_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     walks = "maze --size 8 --frames 5 --num 2 --out maze.npy".split()
-    for expected in ("packed 2 videos (2 train, 0 test), 2 classes, 10 frames of 8x8", "maze.npy is there already"):
+    for expected in ("packed maze.npy: 2 for training, 0 for tests", "maze.npy is there already"):
         assert not run_command("data", *walks) and capsys.readouterr().out.startswith(expected)
         assert np.array_equal(np.load("maze.npy")[5:], MazeVideos(5, 8).clip(0, 1))
     assert run_command("data", *walks, "--seed", 1), "other walks"
@@ -1900,7 +2046,7 @@ def test_stride_and_test_fraction(tmp_path, monkeypatch):
     assert not run_command("data", *packing)
     index = json.loads(Path("packed.json").read_text())
     tests = tests_of(index)
-    assert index["min_frames"] == 2
+    assert index["min_frames"] == 2 and data.open_videos("packed.npy", 3, 8).stride == 3
     assert 2 <= len(tests) <= 11 and [video["length"] for video in index["videos"]] == [3] * 30
     clip = data.open_videos("packed.npy", 3, 8, "test").clip(0)
     assert (np.diff(clip[:, 0, 0, 0].astype(int)) == 3).all()
