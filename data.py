@@ -451,7 +451,8 @@ def decode(path, size, min_frames=1, stride=1):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image.convert("RGBA"))
             small.append(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
     except Exception as error:  # whatever a bad file does to a decoder, it is one bad file
-        return " ".join(str(error).split())[:200] or type(error).__name__, None
+        reason = re.sub(r"\[Errno \d+\] ", "", " ".join(str(error).split()))
+        return reason[:200] or type(error).__name__, None
     if len(small) < min_frames:
         return f"has fewer than {min_frames} frames: {len(small)}", None
     return np.stack(small), round(1000 / duration, 2) if duration else None

