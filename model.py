@@ -309,12 +309,14 @@ class SpatialLinearAttention(SpatialAttention):
     output_bias = True
 
     def attend(self, x):
-        qkv = self.to_qkv(layer_norm(x, self.norm.weight))
-        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in qkv.chunk(3, -1))       # n p heads d
-        with autocast_off(x.device):
-            q, k = q.softmax(-1), k.softmax(1)
-        context = torch.einsum("nphd,nphe->nhde", k, v) * q.shape[-1] ** -0.5
-        return x + self.to_out(torch.einsum("nphd,nhde->nphe", q, context).flatten(2))      # n p c
+        return x + self.output(linear_attention(*self.qkv(x)))
+
+
+def linear_attention(q, k, v):
+    """softmax of q over its features, of k over the sequence; q, k, v: (..., n, d) -> (..., n, d)."""
+    with autocast_off(q.device):
+        q, k = q.softmax(-1) * q.shape[-1] ** -0.5, k.softmax(-2)
+    return q @ (k.mT @ v)
 
 
 # ---------------------------------------------------------------------------------------- temporal layers
@@ -384,8 +386,7 @@ class TemporalLinearAttention(TemporalAttention):
     """Attention over the frames whose cost is linear in them: softmax of q over features, of k over frames; no bias."""
 
     def attention(self, q, k, v, bias):
-        q = q.softmax(dim=-1) * q.shape[-1] ** -0.5
-        return q @ (k.softmax(dim=-2).mT @ v)                                               # p heads f d
+        return linear_attention(q, k, v)                                                    # p heads f d
 
 
 def rotary_embedding(x, freqs):
