@@ -281,8 +281,7 @@ def read_condition(args, trained_stride):
     is_array = args.condition.suffix.lower() == ".npy"  # without an index it may be of any stride
     stride = read_json(args.condition.with_suffix(".json")).get("stride", trained_stride) if is_array else 1
     if stride != trained_stride:
-        rank_zero_print(f"warning: trained with --stride {trained_stride}, to continue {args.condition} of stride "
-                        f"{stride}; data.py --stride packs a clip like those")
+        rank_zero_print(f"warning: trained on stride {trained_stride}, to continue a clip of {stride}; see data.py")
     return numbers, [torch.from_numpy(clip[numbers]) for clip in clips]
 
 
@@ -296,8 +295,7 @@ def plan_blocks(args, given, trained_frames, causal):
     if causal and given != [*range(len(given))]:
         raise UserError(f"--given {args.given}: a causal network continues what is given, from frame 0 on, as in 0:8")
     if window > trained_frames:
-        rank_zero_print(f"warning: trained on {trained_frames} frames, to draw {window} at once; --window "
-                        f"{trained_frames} draws long videos by blocks")
+        rank_zero_print(f"warning: trained on {trained_frames} frames, to draw {window} at once; see --window")
     # the last one begins earlier, so as to be whole
     starts = [min(start, args.frames - window) for start in range(0, args.frames - overlap, window - overlap)]
     return [slice(start, start + window) for start in starts if not {*range(start, start + window)} <= {*given}]
@@ -329,9 +327,8 @@ def main():
     out, parts = rank_zero_first(functools.partial(claim_output, args, request))
     if out.exists():
         return rank_zero_print(f"{out} is there already, drawn by this same command; delete it to draw it again")
-    steps = plural(args.sampling_steps or config["diffusion_steps"], "step")
     rank_zero_print(f"{args.ckpt} at step {ckpt['step']:,}: {plural(args.num, 'video')} of {args.frames} frames, "
-                    f"{args.size}x{args.size}, by {args.sampler} in {steps}, to {out}")
+                    f"{args.size}x{args.size}, by {args.sampler} in {args.sampling_steps or 'all'} steps, to {out}")
     if args.ckpt == ASSET:
         rank_zero_print("there is no run under out/ yet: python train.py --preset tiny trains your own")
 
@@ -345,8 +342,7 @@ def main():
     mine = [batch.tolist() for batch in batches[rank::world_size] if not all(files[i].exists() for i in batch)]
 
     network = for_sampling(net, device, args.precision, args.compile)
-    # where there is no terminal the bars, which tell the time left, come once a minute
-    bar = functools.partial(tqdm, disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 60)
+    bar = functools.partial(tqdm, disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 60)  # a log's: seldom
     diffusion = Diffusion(config["diffusion_steps"], device, config["prediction"])
     sample = functools.partial(diffusion.sample, progress=functools.partial(bar, unit="step", leave=False),
                                steps=args.sampling_steps, eta=args.eta, weight=args.condition_weight)
