@@ -281,7 +281,7 @@ def read_condition(args, trained_stride):
     is_array = args.condition.suffix.lower() == ".npy"  # without an index it may be of any stride
     stride = read_json(args.condition.with_suffix(".json")).get("stride", trained_stride) if is_array else 1
     if stride != trained_stride:
-        rank_zero_print(f"warning: trained on stride {trained_stride}, to continue a clip of {stride}; see data.py")
+        rank_zero_print(f"warning: trained on stride {trained_stride}, to continue {stride}; see data.py --stride")
     return numbers, [torch.from_numpy(clip[numbers]) for clip in clips]
 
 
@@ -295,7 +295,7 @@ def plan_blocks(args, given, trained_frames, causal):
     if causal and given != [*range(len(given))]:
         raise UserError(f"--given {args.given}: a causal network continues what is given, from frame 0 on, as in 0:8")
     if window > trained_frames:
-        rank_zero_print(f"warning: trained on {trained_frames} frames, to draw {window} at once; see --window")
+        rank_zero_print(f"warning: trained on {trained_frames} frames, to draw {window} at once; --window draws by blocks")
     # the last one begins earlier, so as to be whole
     starts = [min(start, args.frames - window) for start in range(0, args.frames - overlap, window - overlap)]
     return [slice(start, start + window) for start in starts if not {*range(start, start + window)} <= {*given}]
