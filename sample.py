@@ -216,7 +216,7 @@ def parse_args(argv=None):
     add("--given", metavar="FRAMES", help="frames to keep: a Python slice, 0:8, or several, 0:8,20:24")
     add("--condition-weight", type=non_negative_float, default=10.0, metavar="W",
         help="w_r of reconstruction guidance towards given frames; 0: the replacement method, in half the time (10)")
-    add("--window", type=positive_int, help="draw so many frames at a time (all at once)")
+    add("--window", type=positive_int, help="draw long videos by blocks of so many frames (all at once)")
     add("--overlap", type=positive_int, help="frames that each window shares with the one before (a quarter)")
     add("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the latest (ema)")
     add("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native (auto)")
@@ -281,7 +281,7 @@ def read_condition(args, trained_stride):
     is_array = args.condition.suffix.lower() == ".npy"  # without an index it may be of any stride
     stride = read_json(args.condition.with_suffix(".json")).get("stride", trained_stride) if is_array else 1
     if stride != trained_stride:
-        rank_zero_print(f"warning: trained on stride {trained_stride}, to continue {stride}; see data.py --stride")
+        rank_zero_print(f"warning: trained on a stride of {trained_stride}, the clip's is {stride}; see data.py --stride")
     return numbers, [torch.from_numpy(clip[numbers]) for clip in clips]
 
 
@@ -295,7 +295,7 @@ def plan_blocks(args, given, trained_frames, causal):
     if causal and given != [*range(len(given))]:
         raise UserError(f"--given {args.given}: a causal network continues what is given, from frame 0 on, as in 0:8")
     if window > trained_frames:
-        rank_zero_print(f"warning: trained on {trained_frames} frames, to draw {window} at once; --window draws by blocks")
+        rank_zero_print(f"warning: trained on {trained_frames} frames, to draw {window} at once; see --window")
     # the last one begins earlier, so as to be whole
     starts = [min(start, args.frames - window) for start in range(0, args.frames - overlap, window - overlap)]
     return [slice(start, start + window) for start in starts if not {*range(start, start + window)} <= {*given}]
