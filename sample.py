@@ -281,7 +281,7 @@ def read_condition(args, trained_stride):
     is_array = args.condition.suffix.lower() == ".npy"  # without an index it may be of any stride
     stride = read_json(args.condition.with_suffix(".json")).get("stride", trained_stride) if is_array else 1
     if stride != trained_stride:
-        rank_zero_print(f"warning: trained on a stride of {trained_stride}, the clip's is {stride}; see data.py --stride")
+        rank_zero_print(f"warning: trained on stride {trained_stride}, the clip has {stride}; see data.py --stride")
     return numbers, [torch.from_numpy(clip[numbers]) for clip in clips]
 
 
