@@ -210,14 +210,9 @@ def read_videos(path, size=None):
 
 
 def read_index(path):
-    """-> the index of a packed file, or {}: a .json beside it that `write_packed` cannot have written is not one."""
+    """-> the index of a packed file, or {}: a .json beside it that `write_packed` did not write is not one."""
     index = read_json(path.with_suffix(".json"))
-    videos = index.get("videos")
-    is_index = {"size", "skipped"} <= index.keys() and isinstance(videos, list) and all(
-        isinstance(video, dict) and isinstance(video.get("name"), str) and isinstance(video.get("label"), str | None)
-        and type(video.get("start")) is type(video.get("length")) is int and video.get("split") in ("train", "test")
-        for video in videos)
-    return index if is_index else {}
+    return index if {"size", "skipped"} <= index.keys() and isinstance(index.get("videos"), list) else {}
 
 
 def read_json(path):
@@ -292,15 +287,20 @@ def pack_into_cache(source, size):
 def pack(source, out, size, workers=None, min_frames=1, stride=1, test_fraction=0):
     """Pack every video in the folder `source` (or the one file) into `out` and its index -> the index.
 
-    Every `stride`-th frame; shorter side resized to `size`, then cropped around the centre. Sorted by name, whatever
-    the number of `workers` (default: two per core). A video's label is its folder's name; its split is UCF101's
-    official one (trainlist01.txt, testlist01.txt in or beside the source) or that of a folder called train or test
-    above it, or else by `hold_out`. Videos that cannot be decoded, or of which fewer than `min_frames` frames are kept,
-    are listed with the reason. Raises OSError and DataError, also if no video is usable.
+    Every `stride`-th frame; shorter side resized to `size`, then cropped around the centre. A video's label is its
+    folder's name; its split is UCF101's official one (trainlist01.txt, testlist01.txt in or beside the source) or that
+    of a folder called train or test above it. Where there are no test videos, `test_fraction` makes those whose names
+    have the lowest hashes such: videos that are added later move hardly any. What cannot be decoded, or has fewer than
+    `min_frames` frames, is listed with the reason. workers: processes that decode (default: two per core).
+    Raises OSError and DataError, also if no video is usable.
     """
     found = find_videos(Path(source))
     if test_fraction:
-        hold_out(found, test_fraction)
+        if any(video["split"] == "test" for video in found):
+            raise DataError("--test-fraction: these videos have a train and a test split of their own; leave it out")
+        hashes = [int(hashlib.sha256(os.fsencode(video["name"])).hexdigest()[:8], 16) / 2**32 for video in found]
+        for video, value in zip(found, hashes):  # one at least
+            video["split"] = "test" if value <= max(test_fraction, min(hashes)) else "train"
     settings = {"size": size, "stride": stride, "min_frames": min_frames}
     # Twice as many workers as cores: results are taken in order, so that some wait for that of a longer video.
     decoded = in_processes(functools.partial(decode, **settings), [video["path"] for video in found],
@@ -312,18 +312,6 @@ def pack(source, out, size, workers=None, min_frames=1, stride=1, test_fraction=
 def cpus():
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def hold_out(videos, fraction):
-    """Make about this fraction of the videos, one at least, the test split: those whose names have the lowest hashes,
-    so that videos that are added later move hardly any. Raises DataError if there are test videos already."""
-    if any(video["split"] == "test" for video in videos):
-        raise DataError("--test-fraction: these videos have a train and a test split of their own; leave it out")
-    hashes = [int(hashlib.sha256(os.fsencode(video["name"])).hexdigest()[:8], 16) / 2**32 for video in videos]
-    for video, value in zip(videos, hashes):
-        video["split"] = "test" if value <= max(fraction, min(hashes)) else "train"
-    if not any(video["split"] == "train" for video in videos):
-        raise DataError(f"--test-fraction {fraction} leaves no video to train on; expected more, or a smaller fraction")
 
 
 def hash_of_files(videos):
@@ -342,11 +330,10 @@ def write_packed(out, about, count, videos):
     """
     from tqdm import tqdm
 
-    out, size, entries, skipped, total = Path(out), about["size"], [], [], 0
-    index_path = out.with_suffix(".json")
+    out, index_path = Path(out), Path(out).with_suffix(".json")
     if out.suffix != ".npy":
         raise DataError(f"--out {out}: expected a name that ends in .npy")
-    index = read_json(index_path)
+    index, size, entries, skipped, total = read_json(index_path), about["size"], [], [], 0
     if (out.exists() or index_path.exists()) and not about.items() <= index.items():
         raise DataError(f"--out {out}: it or {index_path.name} is there, made from other videos or with other "
                         "settings; move both away, or give another name")

@@ -155,9 +155,6 @@ class I3D:
             self.units[name] = weight.contiguous().to(device), bias.to(device)
 
     def __call__(self, x):
-        return self.head(self.blocks(x))
-
-    def blocks(self, x):
         x = self.unit("Conv3d_1a_7x7", x, stride=2)                         # b 64 t/2 112 112
         x = max_pool(x, (1, 3, 3), (1, 2, 2))                               # b 64 t/2 56 56
         x = self.unit("Conv3d_2c_3x3", self.unit("Conv3d_2b_1x1", x))       # b 192 t/2 56 56
@@ -167,9 +164,7 @@ class I3D:
         for block in ("4b", "4c", "4d", "4e", "4f"):
             x = self.mixed(block, x)                                        # b 512 t/4 14 14; in the end 832
         x = max_pool(x, (2, 2, 2), (2, 2, 2))                               # b 832 t/8 7 7
-        return self.mixed("5c", self.mixed("5b", x))                        # b 1024 t/8 7 7
-
-    def head(self, x):
+        x = self.mixed("5c", self.mixed("5b", x))                           # b 1024 t/8 7 7
         # Two time steps at once, stride 1, no padding: inner steps count twice. A mean over time instead is the same at
         # 16 frames and several per cent off at 30.
         x = F.avg_pool3d(x, (2, 7, 7), stride=1)                            # b 1024 t/8-1 1 1
@@ -353,7 +348,7 @@ def parse_args():
     add("--i3d", type=Path, help=f"i3d_pretrained_400.pt (the weights that {INSTALL} brings)")
     add = parser.add_argument_group("which clips").add_argument
     add("--protocol", choices=("paper", "2048"), help="the paper's, of UCF101 (16 frames) or MineRL; 2,048 of each")
-    add("--frames", type=positive_int, help="frames per clip (those of the generated videos)")
+    add("--frames", type=positive_int, help="frames per clip (those of the shortest generated video)")
     add("--stride", type=positive_int, default=1, help="take every n-th frame of the real videos (1)")
     add("--window", choices=("first", "random"), help="where clips are cut from real videos (first)")
     add("--split", choices=("train", "test", "all"), help="real videos of a packed file (all)")
@@ -388,19 +383,16 @@ def main():
     net = load_i3d(args.i3d, device)
     if args.check:
         found = {frames: black_against_white(net, frames) for frames in KNOWN}
-        right = all(abs(found[frames] - KNOWN[frames]) <= TOLERANCE for frames in KNOWN)
+        wrong = any(abs(found[frames] - KNOWN[frames]) > TOLERANCE for frames in KNOWN)
         lines = [f"black against white, {n} frames: {value:.3f}, expected {KNOWN[n]}" for n, value in found.items()]
         command.rank_zero_print(*lines, "the last constant is the original TensorFlow graph's",
-                                f"this is {'' if right else 'NOT '}the standard metric", sep="\n")
-        return 0 if right else 1
+                                f"this is {'NOT ' if wrong else ''}the standard metric", sep="\n")
+        return int(wrong)
 
     # ---- everything that can be wrong with files and flags shows here, before any features
     real_pixels, real_videos = command.rank_zero_first(lambda: data.read_videos(args.real, args.size))
     fake_pixels, fake_videos = command.rank_zero_first(lambda: data.read_videos(args.fake, args.size))
-    lengths = sorted({video["length"] for video in fake_videos})
-    if not args.frames and len(lengths) > 1:
-        raise FVDError(f"--fake {args.fake} holds videos of {lengths[0]} to {lengths[-1]} frames; give --frames")
-    frames = args.frames or lengths[0]
+    frames = args.frames or min(video["length"] for video in fake_videos)
     if frames < MIN_FRAMES:
         raise FVDError(f"clips of {frames} frames are too short for I3D; expected {MIN_FRAMES} frames or more")
     protocol = args.protocol

@@ -41,7 +41,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from command import (Parser, UserError, agree, atomic_write, autocast, barrier, choose_device, choose_precision, gather,
-                     gist, join_processes, non_negative_float, non_negative_int, positive_int, processes,
+                     join_processes, non_negative_float, non_negative_int, plural, positive_int, processes,
                      rank_zero_first, rank_zero_print, run, zero_to_one)
 from data import DataError, read_json, read_whole_videos, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance
@@ -85,23 +85,22 @@ def load_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if {"step", "config", "unet", "ema"} <= ckpt.keys():
             return ckpt
-    except Exception as error:  # torch raises all sorts for other files
-        if isinstance(error, OSError):
-            raise
-    spare = path.with_name("ckpt_previous.pt")
-    raise UserError(f"{path} is no checkpoint of train.py, is damaged, or holds code, which is never run"
-                    + (f"; the one before it is {spare}" if spare.is_file() and spare != path else ""))
+    except OSError:
+        raise
+    except Exception:  # torch raises all sorts for other files
+        pass
+    raise UserError(f"{path} is no checkpoint of train.py, holds code, which is never run, or is damaged; "
+                    "train.py keeps the one before as ckpt_previous.pt")
 
 
 def load_network(ckpt, device="cpu", *, weights="ema"):
     """Rebuild a network with its "ema" or "model" weights -> UNet3D in eval mode. Raises UserError.
     ckpt: what `load_checkpoint` returns or takes."""
     ckpt = ckpt if isinstance(ckpt, dict) else load_checkpoint(ckpt)
-    try:
-        net = UNet3D(UNetConfig(**ckpt["unet"]))
-        net.load_state_dict(ckpt[weights])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"--weights {weights}: the checkpoint has none that fit this network ({gist(error)})") from None
+    if weights not in ckpt:
+        raise UserError(f"--weights {weights}: this checkpoint has none")
+    net = UNet3D(UNetConfig(**ckpt["unet"]))
+    net.load_state_dict(ckpt[weights])
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -112,10 +111,10 @@ def for_sampling(net, device, precision, compiled=False):
         for child in module.children():
             if isinstance(child, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)) and not isinstance(module, S6):
                 child.to(torch.bfloat16)
-    if compiled:
-        compile_tails()
-    graphs = compiled and device.type == "cuda" and not net.config.causal  # a stream's state changes from call to call
-    return cuda_graphs(net) if graphs else net
+    if not compiled:
+        return net
+    compile_tails()  # no graphs of a stream, whose state changes from call to call
+    return cuda_graphs(net) if device.type == "cuda" and not net.config.causal else net
 
 
 def cuda_graphs(net):
@@ -217,7 +216,7 @@ def parse_args(argv=None):
     add("--given", metavar="FRAMES", help="frames to keep: a Python slice, 0:8, or several, 0:8,20:24")
     add("--condition-weight", type=non_negative_float, default=10.0, metavar="W",
         help="w_r of reconstruction guidance towards given frames; 0: the replacement method, in half the time (10)")
-    add("--window", type=positive_int, help="draw so many frames at a time (all at once)")
+    add("--window", type=positive_int, help="draw long videos by blocks of so many frames (all at once)")
     add("--overlap", type=positive_int, help="frames that each window shares with the one before (a quarter)")
     add("--weights", choices=("ema", "model"), default="ema", help="EMA weights or the latest (ema)")
     add("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native (auto)")
@@ -233,10 +232,8 @@ def parse_args(argv=None):
     args.num = args.num or (4 if args.asset else 16)
     if args.sampler == "ddpm" and (args.sampling_steps or args.eta is not None):
         parser.error("--sampling-steps and --eta go with --sampler ddim; ddpm takes all steps")
-    for flag, needs in [("condition", "given"), ("given", "condition"), ("condition_start", "condition"),
-                        ("overlap", "window")]:
-        if getattr(args, flag) and not getattr(args, needs):
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} goes with --{needs}")
+    if (args.condition is None) != (args.given is None):
+        parser.error(f"--condition and --given go together, not {args.condition or args.given} alone")
     if args.out and args.out.suffix != ".npy":
         parser.error(f"--out {args.out}: expected a name that ends in .npy")
     return args
@@ -246,23 +243,21 @@ def complete(args, config, network):
     """Give flags that were left out the values that go with a checkpoint's config and its network's -> the samples'
     classes by name, or None. Raises UserError."""
     args.frames, args.size = args.frames or config["frames"], args.size or config["size"]
-    if not args.sampler:
-        implied = args.asset or network.causal or args.sampling_steps or args.eta is not None
-        args.sampler = "ddim" if implied else "ddpm"
+    implied = args.asset or network.causal or args.sampling_steps or args.eta is not None
+    args.sampler = args.sampler or ("ddim" if implied else "ddpm")
     if args.sampler == "ddim":
         steps, eta = (16, 0.5) if network.causal else (25, 1.0) if args.asset else (50, 0.0)
         args.sampling_steps = min(args.sampling_steps or steps, config["diffusion_steps"])
         args.eta = eta if args.eta is None else args.eta
     if network.causal and (args.window or args.sampler == "ddpm"):
         raise UserError("a causal network draws frame by frame, by DDIM: leave out --sampler ddpm and --window")
-    divisor, trained_size, classes = 2 ** (len(network.channel_mults) - 1), config["size"], config["classes"]
+    divisor, classes = 2 ** (len(network.channel_mults) - 1), config["classes"]
     if args.size % divisor:
         raise UserError(f"--size {args.size}: this network needs a size divisible by {divisor}")
-    if args.size != trained_size:
-        rank_zero_print(f"warning: trained on {trained_size}x{trained_size}, to draw {args.size}x{args.size}")
+    if args.size != config["size"]:
+        rank_zero_print(f"warning: trained on frames of size {config['size']}, to draw those of size {args.size}")
     if args.label and args.label not in (classes or ()):
-        known = ", ".join(classes[:10]) if classes else "no classes"
-        raise UserError(f"--class {args.label}: this network was trained on {known}")
+        raise UserError(f"--class {args.label}: this network's are {', '.join(classes or ['none'])}")
     if args.guidance != 1 and not classes:
         raise UserError(f"--guidance {args.guidance:g} is towards a class; this network was trained without classes")
     return [args.label or classes[i % len(classes)] for i in range(args.num)] if classes else None
@@ -286,8 +281,7 @@ def read_condition(args, trained_stride):
     is_array = args.condition.suffix.lower() == ".npy"  # without an index it may be of any stride
     stride = read_json(args.condition.with_suffix(".json")).get("stride", trained_stride) if is_array else 1
     if stride != trained_stride:
-        rank_zero_print(f"warning: trained with --stride {trained_stride}, to continue {args.condition} of stride "
-                        f"{stride}; data.py --stride packs a clip like those")
+        rank_zero_print(f"warning: trained on stride {trained_stride}, the clip has {stride}; see data.py --stride")
     return numbers, [torch.from_numpy(clip[numbers]) for clip in clips]
 
 
@@ -295,15 +289,13 @@ def plan_blocks(args, given, trained_frames, causal):
     """-> the blocks of `draw`, or of a stream's single frames, without those that are given. Raises UserError."""
     window = 1 if causal else args.window or args.frames
     overlap = args.overlap or min(max(1, window // 4), window - 1)
-    if window > args.frames:
-        raise UserError(f"--window {window}: expected at most the video's {args.frames} frames")
-    if overlap >= window:
-        raise UserError(f"--overlap {overlap}: expected fewer than the {window} frames of --window")
+    if not overlap < window <= args.frames:
+        raise UserError(f"--window {window} and --overlap {overlap}: expected windows longer than their overlap, but "
+                        f"no longer than a video of {args.frames} frames")
     if causal and given != [*range(len(given))]:
         raise UserError(f"--given {args.given}: a causal network continues what is given, from frame 0 on, as in 0:8")
     if window > trained_frames:
-        rank_zero_print(f"warning: trained on {trained_frames} frames, to draw {window} at once; --window "
-                        f"{trained_frames} draws long videos by blocks")
+        rank_zero_print(f"warning: trained on {trained_frames} frames, to draw {window} at once; see --window")
     # the last one begins earlier, so as to be whole
     starts = [min(start, args.frames - window) for start in range(0, args.frames - overlap, window - overlap)]
     return [slice(start, start + window) for start in starts if not {*range(start, start + window)} <= {*given}]
@@ -319,8 +311,8 @@ def main():
     device = choose_device(args.device)
     args.precision = choose_precision(device, args.precision)
     ckpt = load_checkpoint(args.ckpt)
-    net, config = load_network(ckpt, device, weights=args.weights), ckpt["config"]
-    causal, classes = net.config.causal, config["classes"]
+    net = load_network(ckpt, device, weights=args.weights)
+    config, classes, causal = ckpt["config"], ckpt["config"]["classes"], net.config.causal
     labels = complete(args, config, net.config)
     given, clips = read_condition(args, config.get("data_stride", 1)) if args.given else ([], [])
     blocks = plan_blocks(args, given, config["frames"], causal)
@@ -335,21 +327,22 @@ def main():
     out, parts = rank_zero_first(functools.partial(claim_output, args, request))
     if out.exists():
         return rank_zero_print(f"{out} is there already, drawn by this same command; delete it to draw it again")
+    rank_zero_print(f"{args.ckpt} at step {ckpt['step']:,}: {plural(args.num, 'video')} of {args.frames} frames, "
+                    f"{args.size}x{args.size}, by {args.sampler} in {args.sampling_steps or 'all'} steps, to {out}")
+    if args.ckpt == ASSET:
+        rank_zero_print("there is no run under out/ yet: python train.py --preset tiny trains your own")
 
     # ---- the processes take batches in turn; an interrupted one is drawn again whole
     window = blocks[0].stop - blocks[0].start
-    by_gradient = args.condition_weight > 0 and not causal and (bool(given) or len(blocks) > 1)
     shape = 1 if args.guidance == 1 else 2, 3, window, args.size, args.size
-    fitting = args.batch_size or min(gather(sampling_batch(net, shape, device, args.precision, by_gradient)))
-    args.batch_size = min(fitting, math.ceil(args.num / world_size))
-    rank_zero_print(", ".join(f"{name} {value}" for name, value in vars(args).items() if value is not None))
+    by_gradient = args.condition_weight > 0 and not causal and (given or len(blocks) > 1)
+    size = args.batch_size or min(gather(sampling_batch(net, shape, device, args.precision, bool(by_gradient))))
+    batches = torch.arange(args.num).split(min(size, math.ceil(args.num / world_size)))
     files = [parts / f"{i:07d}" for i in range(args.num)]
-    batches = [range(args.num)[first:first + args.batch_size] for first in range(0, args.num, args.batch_size)]
-    mine = [batch for batch in batches[rank::world_size] if not all(files[i].exists() for i in batch)]
+    mine = [batch.tolist() for batch in batches[rank::world_size] if not all(files[i].exists() for i in batch)]
 
     network = for_sampling(net, device, args.precision, args.compile)
-    # where there is no terminal the bars, which tell the time left, come once a minute
-    bar = functools.partial(tqdm, disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 60)
+    bar = functools.partial(tqdm, disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 60)  # a log's: seldom
     diffusion = Diffusion(config["diffusion_steps"], device, config["prediction"])
     sample = functools.partial(diffusion.sample, progress=functools.partial(bar, unit="step", leave=False),
                                steps=args.sampling_steps, eta=args.eta, weight=args.condition_weight)
@@ -371,7 +364,6 @@ def main():
     barrier()
     if rank == 0:
         write_results(out, files, (args.frames, args.size, args.size, 3), given)
-        shutil.rmtree(parts)
 
 
 def digest(tensors):
@@ -384,17 +376,18 @@ def claim_output(args, request):
     samples_STEP.npy, samples_STEP_2.npy, ... that no other samples have; its NAME.npy.json is the request from now on.
     Raises UserError."""
     folder = Path("out") / args.ckpt.stem if args.asset else args.ckpt.parent
-    text, stem = json.dumps(request, indent=1).encode(), f"samples_{request['step']:07d}"
     for number in itertools.count(1):
-        out = args.out or folder / (f"{stem}.npy" if number == 1 else f"{stem}_{number}.npy")
+        name = f"samples_{request['step']:07d}" + (f"_{number}" if number > 1 else "")
+        out = args.out or folder / f"{name}.npy"
         about, parts = out.with_name(f"{out.name}.json"), out.with_name(f".{out.name}.parts")
+        if read_json(about) == request:
+            return out, parts
         taken = [file for file in (about, out, *map(out.with_suffix, PICTURES)) if file.exists()]
         if not taken:
-            shutil.rmtree(parts, ignore_errors=True)  # it is older
+            shutil.rmtree(parts, ignore_errors=True)  # of samples that were deleted
             out.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(about) as file:
-                file.write(text)
-        if not taken or about.exists() and about.read_bytes() == text:
+            with atomic_write(about, "w") as file:
+                json.dump(request, file, indent=1)
             return out, parts
         if args.out:
             raise UserError(f"{taken[0]} belongs to other samples; delete it or choose another --out")
@@ -419,8 +412,8 @@ def write_results(out, files, shape, given):
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(files), *shape)}
         np.lib.format.write_array_header_1_0(array, header)
         for file in files:
-            with open(file, "rb") as video:
-                shutil.copyfileobj(video, array)
+            array.write(file.read_bytes())
+    shutil.rmtree(files[0].parent)
     rank_zero_print(f"wrote {out.absolute()}, and beside it pictures: {', '.join(PICTURES)}")
 
 
