@@ -49,7 +49,7 @@ from memory import sampling_batch
 from model import UNet3D, UNetConfig, compile_tails
 from s4d import S6, cached_kernels, streaming
 
-ASSET = Path(__file__).resolve().with_name("assets") / "maze64.pt"  # drawn from while there is no run of one's own
+ASSET = Path(__file__).resolve().with_name("assets") / "stream.pt"  # drawn from while there is no run of one's own
 PICTURES = ".gif", ".mp4", ".png"
 
 
@@ -97,10 +97,11 @@ def load_network(ckpt, device="cpu", *, weights="ema"):
     """Rebuild a network with its "ema" or "model" weights -> UNet3D in eval mode. Raises UserError.
     ckpt: what `load_checkpoint` returns or takes."""
     ckpt = ckpt if isinstance(ckpt, dict) else load_checkpoint(ckpt)
-    if weights not in ckpt:
-        raise UserError(f"--weights {weights}: this checkpoint has none")
-    net = UNet3D(UNetConfig(**ckpt["unet"]))
-    net.load_state_dict(ckpt[weights])
+    try:
+        net = UNet3D(UNetConfig(**ckpt["unet"]))
+        net.load_state_dict(ckpt[weights])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"--weights {weights}: the checkpoint has none that fit this network ({gist(error)})") from None
     return net.to(device).eval().requires_grad_(False)
 
 
@@ -232,8 +233,10 @@ def parse_args(argv=None):
     args.num = args.num or (4 if args.asset else 16)
     if args.sampler == "ddpm" and (args.sampling_steps or args.eta is not None):
         parser.error("--sampling-steps and --eta go with --sampler ddim; ddpm takes all steps")
-    if (args.condition is None) != (args.given is None):
-        parser.error(f"--condition and --given go together, not {args.condition or args.given} alone")
+    for flag, needs in [("condition", "given"), ("given", "condition"), ("condition_start", "condition"),
+                        ("overlap", "window")]:
+        if getattr(args, flag) and not getattr(args, needs):
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} goes with --{needs}")
     if args.out and args.out.suffix != ".npy":
         parser.error(f"--out {args.out}: expected a name that ends in .npy")
     return args
