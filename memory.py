@@ -76,7 +76,7 @@ def step_peak(config, shape, device, precision, backward=True, grad_checkpoint=F
     count = functools.partial(counted_peak, dataclasses.astuple(config), device=device, precision=precision,
                               backward=backward, grad_checkpoint=grad_checkpoint)
     unit = 2 ** (len(config.channel_mults) - 1)  # the network halves a picture so often
-    side = unit * math.ceil(math.sqrt(counted_rows(device) / f) / unit)
+    side = unit * max(1, round(math.sqrt(counted_rows(device) / f) / unit))
     if b * h * w <= 2 * side**2:
         return count(shape)
     small, large = count((1, c, f, side, side)), count((1, c, f, side, 2 * side))

@@ -47,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fvd
-from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, gather, gist, join_processes,
+from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, gather, join_processes,
                      non_negative_int, number, plural, positive_float, positive_int, processes, rank_zero_first,
                      rank_zero_print, run, shown, zero_to_one)
 from data import DataError, batches, class_names, cpus, open_videos, to_float
@@ -107,11 +107,12 @@ def train(args):
         # ---- forward and backward in micro-batches, whose gradients add up
         loss_sum = torch.zeros((), device=device)
         for i, part in enumerate(zip(*(tensor.chunk(args.grad_accum) for tensor in (x_0, t, noise, labels)))):
-            forward.require_backward_grad_sync = i == args.grad_accum - 1  # DDP averages over processes in the last one
+            is_last = i == args.grad_accum - 1  # in it DDP averages over processes
             denoiser = functools.partial(forward, labels=part[3] if args.classes else None)
-            with autocast(device, args.precision):
-                loss = diffusion.loss(denoiser, *part[:3]).mean() / args.grad_accum
-            loss.backward()
+            with contextlib.nullcontext() if is_last or world_size == 1 else forward.no_sync():
+                with autocast(device, args.precision):
+                    loss = diffusion.loss(denoiser, *part[:3]).mean() / args.grad_accum
+                loss.backward()
             loss_sum += loss.detach()
 
         # ---- clip, optimiser, EMA
@@ -307,14 +308,12 @@ def until_stopped(loader, stop, count):
         try:
             stop.waiting = True
             batch = None if stop else next(loader)
-            stop.waiting = False
-        except StopWaiting:
-            stop.waiting = False
-        except DataError:  # of a signal to all processes, which a worker may have got first
-            stop.waiting = False
-            time.sleep(0.2)
+        except (StopWaiting, DataError):
+            time.sleep(0.2)  # of a signal to the whole process group a worker may have died before this process gets it
             if not stop:
                 raise
+        finally:
+            stop.waiting = False
         if any_process(batch is None):
             return
         yield batch
@@ -345,15 +344,13 @@ def open_data(args):
 
 
 def lock_folder(out):
-    """Make a run's folder and lock it against a second training -> the lock file. Raises UserError."""
+    """Make a run's folder and lock it against a second training -> the lock file. Raises UserError, OSError."""
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")
     try:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, its children do not hold it after its death
     except BlockingIOError:
         raise UserError(f"--out {out} is in use by another training; wait for it or choose another folder") from None
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
     return lock
 
 
@@ -385,38 +382,32 @@ def newest_checkpoint(out):
 def resume(state):
     """Load the newest checkpoint of a run, if there is one -> its step, or 0. Raises UserError for settings that must
     not change, and for a checkpoint that cannot be used."""
-    args, config = state.args, state.config
-    ckpt, path = newest_checkpoint(args.out)
+    args, (ckpt, path) = state.args, newest_checkpoint(state.args.out)
     step = ckpt["step"] if ckpt else 0
     agree(step, f"--out {args.out} holds different checkpoints on different machines; expected a shared folder")
     if not ckpt:
         return 0
     if "optimizer" not in ckpt:
         raise UserError(f"{path} holds what sample.py needs, and no optimiser state: a training cannot resume from it")
-    saved = {"loss": "l2", "data_fingerprint": None} | DEFAULTS | ckpt["config"]  # it may be older than a flag
-    fingerprints = saved["data_fingerprint"], config["data_fingerprint"]
-    data_is_known = None not in fingerprints  # by its contents: its path may change
-    changed = {name: f"{as_flag(name)} {shown(saved[name])} -> {shown(config[name])}"
-               for name in DEFAULTS.keys() & config.keys() if saved[name] != config[name]}
-    refused = [line for name, line in changed.items()
-               if name not in MAY_CHANGE and not (name == "data" and data_is_known)]
-    if data_is_known and len({*fingerprints}) > 1:
-        refused.append(f"its videos are not those in --data {args.data}")
-    if saved["loss"] != "l2":
-        refused.append(f"--loss {saved['loss']}, which is no more")
+
+    # ---- settings: the run may be older than a flag, or of a time when there were other losses
+    saved, ours = DEFAULTS | ckpt["config"], state.config | {"loss": "l2"}
+    changed = {name: f"{as_flag(name)} {shown(saved[name])} -> {shown(value)}"
+               for name, value in ours.items() if saved.get(name, value) != value}
+    # data are known by their contents, if the run knows these: then their path may change
+    may_change = MAY_CHANGE | {"data"} if "data_fingerprint" in saved else MAY_CHANGE
+    refused = [change for name, change in changed.items() if name not in may_change]
     if refused:
-        raise UserError(f"{args.out} holds another run: {'; '.join(refused)}; expected the same settings, or another "
-                        "--out")
-    try:
-        state.net.load_state_dict(ckpt["model"])
-        state.ema.load_state_dict(ckpt["ema"])
-        # the learning rate and the kernels are this run's, not the checkpoint's
-        groups = state.optimizer.state_dict()["param_groups"]
-        state.optimizer.load_state_dict({"state": ckpt["optimizer"]["state"], "param_groups": groups})
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not fit this network ({gist(error)}); choose another --out") from None
-    if processes()[0] == 0 and path.name != "ckpt.pt" and (args.out / "ckpt.pt").exists():
-        os.replace(args.out / "ckpt.pt", args.out / "ckpt_damaged.pt")  # not to become the spare
+        raise UserError(f"{args.out} holds another run: {'; '.join(refused)}; expected the same settings and videos, "
+                        "or another --out")
+
+    # ---- state; the learning rate and the kernels are this run's, not the checkpoint's
+    state.net.load_state_dict(ckpt["model"])
+    state.ema.load_state_dict(ckpt["ema"])
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": ckpt["optimizer"]["state"], "param_groups": groups})
+    if processes()[0] == 0 and path.name != "ckpt.pt":
+        os.replace(path, args.out / "ckpt.pt")  # in the place of the damaged one, which must not become the spare
     rank_zero_print(*changed.values(), f"resuming from step {step} of {args.steps}", sep="\n")
     return step
 
@@ -424,18 +415,14 @@ def resume(state):
 def resumable_config(args, videos):
     """-> the settings that config.json and checkpoints keep, and what identifies the data."""
     return {name: getattr(args, name) for name in DEFAULTS if name not in ("out", "dry_run", "memory_gb")} | {
-        "data_fingerprint": getattr(videos, "fingerprint", None), "data_stride": getattr(videos, "stride", 1)}
+        "data_fingerprint": videos.fingerprint, "data_stride": videos.stride}
 
 
 def read_config(out):
-    """-> the settings of the run in a folder; {} if there is none to be resumed. Raises UserError."""
+    """-> the settings of the run in a folder; {} if there is none to be resumed."""
     path = out / "config.json"
-    if not path.exists():
-        return {}
-    try:
-        return {name: value for name, value in json.loads(path.read_text()).items() if name in DEFAULTS}
-    except (AttributeError, ValueError):
-        raise UserError(f"{path} is damaged; give the run's flags after moving it away") from None
+    config = json.loads(path.read_text()) if path.exists() else {}
+    return {name: value for name, value in config.items() if name in DEFAULTS}
 
 
 def start_log(args, config, first_step):
@@ -515,7 +502,9 @@ PRESETS = {  # Table 5, a row per column; what all of them share are the default
 
 
 ON_OFF = argparse.BooleanOptionalAction  # --no-compile: a resumed run has its own settings otherwise
-AT_LEAST_2, EVEN, MULTIPLE_OF_8 = (number(int, least, 2 ** 31 - 1, n) for least, n in ((2, 1), (2, 2), (8, 8)))
+AT_LEAST_2 = number(int, "a whole number of at least 2", lambda n: n >= 2)
+EVEN = number(int, "an even number of at least 2", lambda n: n >= 2 and n % 2 == 0)
+MULTIPLE_OF_8 = number(int, "a multiple of 8", lambda n: n >= 8 and n % 8 == 0)
 
 # Each flag's default, what it is, and what it may be: a type, or choices. Flags that are False take no value.
 FLAGS = {
