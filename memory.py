@@ -60,27 +60,26 @@ def sampling_batch(net, shape, device, precision, gradient):
 
 
 def step_memory(config, clip_shape, device, precision="float32", grad_checkpoint=False):
-    """-> bytes that a training step takes for clips of `clip_shape` (b, c, f, h, w): parameters, Adam's two moments and
-    the EMA, as large each, and the most that the forward and backward pass holds, gradients included; a tenth more and
-    1/4 GB stand for workspaces of PyTorch's kernels and fragmentation."""
+    """-> bytes that a training step takes for clips of `clip_shape` (b, c, f, h, w): parameters, gradients, Adam's two
+    moments and the EMA, as large each, and the most that the forward and backward pass holds besides. A tenth more
+    stands for workspaces of PyTorch's kernels and fragmentation."""
     with torch.device("meta"):
         parameters = 4 * count_parameters(UNet3D(config))
-    peak = step_peak(config, clip_shape, device, precision, grad_checkpoint=grad_checkpoint)
-    return 1.1 * (4 * parameters + peak) + 2**28
+    return 1.1 * (5 * parameters + step_peak(config, clip_shape, device, precision, True, grad_checkpoint))
 
 
-def step_peak(config, shape, device, precision, backward=True, grad_checkpoint=False):
-    """-> bytes that a step on videos of `shape` (b, c, f, h, w) holds at most, beside the parameters. They grow evenly
-    with the pixels of a frame: two small pictures are counted, and the line through them is extended."""
+def step_peak(config, shape, device, precision, backward, grad_checkpoint=False):
+    """-> bytes that a step on videos of `shape` (b, c, f, h, w) holds at most, beside parameters and gradients: they
+    grow evenly with the pixels of a frame, so two small pictures are counted, and the line through them is extended."""
     b, c, f, h, w = shape
     count = functools.partial(counted_peak, dataclasses.astuple(config), device=device, precision=precision,
                               backward=backward, grad_checkpoint=grad_checkpoint)
     unit = 2 ** (len(config.channel_mults) - 1)  # the network halves a picture so often
-    side = unit * max(1, round(math.sqrt(counted_rows(device) / f) / unit))
-    if b * h * w <= 2 * side**2:
+    units = math.ceil(counted_rows(device) / (f * unit**2))
+    if b * h * w <= 2 * units * unit**2:
         return count(shape)
-    small, large = count((1, c, f, side, side)), count((1, c, f, side, 2 * side))
-    return small + (b * h * w / side**2 - 1) * (large - small)
+    small, large = (count((1, c, f, unit, width * unit)) for width in (units, 2 * units))
+    return small + (b * h * w / (units * unit**2) - 1) * (large - small)
 
 
 def counted_rows(device):
@@ -96,6 +95,8 @@ def counted_peak(config, shape, device, precision, backward, grad_checkpoint):
             torch.backends.cudnn.flags(enabled=False), mock.patch.object(S6, "has_kernel", False), \
             mock.patch.object(Recurrence, "apply", torch.mul):
         net = UNet3D(UNetConfig(*config), grad_checkpoint)
+        for parameter in net.parameters():
+            parameter.grad = torch.empty_like(parameter)
         x, t = torch.empty(shape), torch.empty(shape[0], dtype=torch.long)
         memory.live = memory.peak = 0
         with autocast(device, precision), torch.set_grad_enabled(backward):

@@ -32,8 +32,6 @@ import itertools
 import json
 import math
 import os
-import re
-import shlex
 import signal
 import sys
 import time
@@ -53,7 +51,7 @@ from command import (Parser, UserError, agree, atomic_write, autocast, choose_de
 from data import DataError, batches, class_names, cpus, open_videos, to_float
 from diffusion import PREDICTIONS, Diffusion, label_dropped, sample_generators, training_noise
 from memory import fit_memory, peak_memory
-from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails
+from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails, count_parameters
 from s4d import cached_kernels
 from sample import draw, load_checkpoint, save_gif
 
@@ -136,7 +134,7 @@ def train(args):
     if rank == 0 and importlib.util.find_spec("matplotlib"):
         draw_curves(args.out)
     rank_zero_print(f"stopped at step {step}, saved in {args.out}; the same command resumes" if step < args.steps else
-        f"done, saved in {args.out}; python sample.py --ckpt {shlex.quote(str(args.out))} draws videos")
+        f"done, saved in {args.out}; python sample.py --ckpt {args.out} draws videos")
 
 
 @torch.no_grad()  # else autograd would keep a record of every step
@@ -167,9 +165,9 @@ def what_is_due(step, first_step, args):
 
 
 def do_what_is_due(due, step, state, losses, timer):
-    """Evaluate, draw samples, measure their FVD, write the log's record of the steps since `timer`, whose losses and
-    gradient norms are `losses`, and save. The checkpoint comes last: it says that all that was due is done. Samples
-    are left out if a stop is asked for: a scheduler gives half a minute."""
+    """Evaluate, draw samples, measure their FVD, log the steps since `timer`, whose losses and gradient norms are
+    `losses`, and save. The checkpoint comes last: it says that all that was due is done. Samples are left out if a stop
+    is asked for: a scheduler gives half a minute."""
     args, record, samples = state.args, {"step": step}, None
     if losses:  # else there is no step that has not been logged
         record |= mean_and_check(losses, timer, list(state.net.parameters()), args)
@@ -198,9 +196,8 @@ def mean_and_check(losses, timer, parameters, args):
         values /= dist.get_world_size()  # the gradient norm is the same on all of them
     (loss, grad_norm), weights = values.tolist(), torch.stack(torch._foreach_norm(parameters)).norm().item()
     if not math.isfinite(loss + grad_norm + weights):
-        raise UserError(f"training diverged at --lr {args.lr} --precision {args.precision}: loss {loss}, gradient norm "
-                        f"{grad_norm}, norm of the weights {weights}; the last checkpoint is intact. Try a lower --lr, "
-                        "--grad-clip 1, or --precision float32")
+        raise UserError(f"training diverged at --lr {args.lr}: loss {loss}, gradient norm {grad_norm}, norm of the "
+                        f"weights {weights}; the last checkpoint is intact. Try a lower --lr, or --grad-clip 1")
     seconds = (time.perf_counter() - timer) / len(losses)
     return {"loss": loss, "grad_norm": grad_norm, "lr": args.lr, "seconds_per_step": seconds,
             "clips_per_second": args.batch_size / seconds, "peak_memory_mb": peak_memory(values.device) / 2**20}
@@ -243,11 +240,11 @@ def draw_samples(net, sample, args, count, stop):
     None if a stop was asked for meanwhile. With classes, sample i has the class i mod their number."""
     rank, _, world_size = processes()
     at_once, device = args.batch_size // world_size // args.grad_accum, next(net.parameters()).device
-    # where there is no terminal, the bar comes once a minute
-    bar = functools.partial(tqdm, leave=False, disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 60)
 
     def until_stop(steps):
-        return itertools.takewhile(lambda _: not stop, bar(steps, desc="sampling", unit="step"))
+        bar = tqdm(steps, desc="sampling", unit="step", leave=False, disable=rank > 0,
+                   mininterval=0.1 if sys.stderr.isatty() else 60)  # a line a minute in a log file
+        return itertools.takewhile(lambda _: not stop, bar)
 
     def samples(mine):
         for indices in (mine[first:first + at_once] for first in range(0, len(mine), at_once)):
@@ -275,23 +272,20 @@ def sampled_fvd(state):
 # ---------------------------------------------------------------------------------------- stops
 
 
-class StopSignals:
-    """From here on the first Ctrl-C or SIGTERM asks for a stop after the current step, and makes this object true; a
-    second one of the same kind exits at once."""
+class StopSignals(set):
+    """The first Ctrl-C or SIGTERM from here on asks for a stop after the current step, and makes this set, of signals
+    received, true; a second one of the same kind exits at once."""
+    waiting = False
 
     def __init__(self):
-        self.received, self.waiting = set(), False
-        for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(kind) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(kind, self.on_signal)
-
-    def __bool__(self):
-        return bool(self.received)
+        super().__init__()
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self.on_signal)
 
     def on_signal(self, kind, frame):
-        if kind in self.received:
+        if kind in self:
             sys.exit(1)
-        self.received.add(kind)
+        self.add(kind)
         rank_zero_print("stopping after this step; again to stop at once", file=sys.stderr)
         if self.waiting:
             raise StopWaiting
@@ -444,7 +438,7 @@ def read_log(out):
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and "step" in record]
+    return records
 
 
 def write_record(record, args, tensorboard):
@@ -460,23 +454,21 @@ def write_record(record, args, tensorboard):
     if tensorboard:
         for name in {"loss", "grad_norm", "seconds_per_step", "held_out_loss", "fvd"} & record.keys():
             tensorboard.add_scalar(name, record[name], record["step"])
-        tensorboard.flush()
 
 
 def draw_curves(out):
     """Draw a run's losses against its steps, the held-out loss in each quartile of t too. Needs matplotlib."""
     from matplotlib.figure import Figure
 
-    records = read_log(out)
-    held_out = [record for record in records if "held_out_loss" in record]
     figure = Figure((8, 5), layout="constrained")
     panel = figure.subplots()
     panel.set(yscale="log", xlabel="step", ylabel="loss")
-    panel.plot([r["step"] for r in records], [r["loss"] for r in records], label="training loss")
-    if held_out:
-        steps, labels = [r["step"] for r in held_out], [f"held-out, quartile {i} of t" for i in (1, 2, 3, 4)]
-        panel.plot(steps, [r["held_out_loss"] for r in held_out], label="held-out loss")
-        panel.plot(steps, [r["held_out_quartiles"] for r in held_out], label=labels, linewidth=1)
+    curves = {"loss": "training loss", "held_out_loss": "held-out loss",
+              "held_out_quartiles": [f"held-out, quartile {i} of t" for i in (1, 2, 3, 4)]}
+    for name, labels in curves.items():
+        records = [record for record in read_log(out) if name in record]
+        if records:
+            panel.plot([r["step"] for r in records], [r[name] for r in records], label=labels)
     panel.legend()
     with atomic_write(out / "loss.png") as file:
         figure.savefig(file, format="png", dpi=120)
@@ -651,21 +643,20 @@ def parse_args(argv=None):
 
 def check_together(args):
     """Raises UserError for settings that do not go together."""
-    def refuse(wrong, name, expected):
-        if wrong:
-            value = getattr(args, name)
-            raise UserError(f"{as_flag(name)}{'' if value is True else ' ' + shown(value)}: {expected}")
-
-    takes, levels = TAKES[args.temporal], len(args.channel_mults)
-    unused = [as_flag(name) for name in sorted(NOT_ALL_TAKE - takes)
+    unused = [as_flag(name) for name in sorted(NOT_ALL_TAKE - TAKES[args.temporal])
               if name in args.given or name == "causal" and args.causal]
-    refuse(unused, "temporal", f"it does not use {', '.join(unused)}; it takes "
-           + (", ".join(map(as_flag, sorted(takes))) or "none of the flags that not all layers take"))
+    factor = 2 ** (len(args.channel_mults) - 1)
     shares = processes()[2] * (args.grad_accum if "grad_accum" in args.given else 1)
-    refuse(args.size % 2 ** (levels - 1), "size", f"expected a multiple of {2 ** (levels - 1)}, for {levels} levels")
-    refuse(args.batch_size % shares, "batch_size", f"expected a multiple of processes x --grad-accum, {shares}")
-    refuse(args.fvd_every and args.frames < fvd.MIN_FRAMES, "frames", f"FVD takes {fvd.MIN_FRAMES} or more")
-    refuse(args.tensorboard and not importlib.util.find_spec("tensorboard"), "tensorboard", "pip install tensorboard")
+    if unused:
+        raise UserError(f"--temporal {args.temporal} does not use {', '.join(unused)}")
+    if args.size % factor:
+        raise UserError(f"--size {args.size}: expected a multiple of {factor}, for {len(args.channel_mults)} levels")
+    if args.batch_size % shares:
+        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of processes x --grad-accum, {shares}")
+    if args.fvd_every and args.frames < fvd.MIN_FRAMES:
+        raise UserError(f"--frames {args.frames}: FVD takes {fvd.MIN_FRAMES} or more")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard: pip install tensorboard")
 
 
 def unet_config(args):
@@ -676,24 +667,19 @@ def unet_config(args):
 
 def describe(args, net):
     """The resolved configuration: a line for each group of flags, without those that the temporal layer ignores."""
-    def count(pattern):
-        return sum(p.numel() for name, p in net.named_parameters() if re.search(pattern, name))
-
     about = "ours, small" if args.preset == "tiny" else "from the paper"
     if args.preset_is_nearest:
         about += ", the nearest to --frames and --size; --preset tiny is a small one that takes minutes"
     if args.data == "maze" and args.preset != "tiny":
         about += "; trained on the embedded mazes, for want of --data"
-    lines, ignored = [f"preset {args.preset}: {about}"], NOT_ALL_TAKE - TAKES[args.temporal] | {
-        "preset", "grad_accum", "dry_run"}
+    lines = [f"preset {args.preset}: {about}"]
+    ignored = NOT_ALL_TAKE - TAKES[args.temporal] | {"preset", "grad_accum", "dry_run"}
     for title, flags in FLAGS.items():
-        values = {name.replace("_", "-"): getattr(args, name) for name in flags if name not in ignored}
-        words = [name if value is True else f"{name} {shown(value)}" for name, value in values.items()
-                 if value is not None and value is not False]
+        words = [f"{name.replace('_', '-')} {shown(getattr(args, name))}" for name in flags
+                 if name not in ignored and getattr(args, name) is not None]
         lines += [f"{title}: {', '.join(words)}"] if words else []
-    temporal, time_embedding = count("temporal|position_bias"), count("time_mlp|to_scale_shift|class_embedding")
-    return "\n".join([*lines, f"{count(''):,} parameters: {temporal:,} in temporal layers, {time_embedding:,} in the "
-                      f"time embedding, {count('') - temporal - time_embedding:,} in spatial layers"])
+    temporal = sum(p.numel() for name, p in net.named_parameters() if "temporal" in name or "position_bias" in name)
+    return "\n".join([*lines, f"{count_parameters(net):,} parameters: {temporal:,} in temporal layers"])
 
 
 def main():
