@@ -43,8 +43,8 @@ def fit_memory(args, config, device):
         if given or all(gather(takes <= limit)):  # on every process, or on none
             break
     else:
-        raise UserError(f"a training step takes {about} that are free, even with single clips"
-                        f"{' and recomputation' if recompute else ''}; try a smaller --frames or --base-channels")
+        raise UserError(f"a training step takes {about} that are free, with single clips; try a smaller --frames or "
+                        "--base-channels")
     args.grad_accum, args.grad_checkpoint = parts, recompute
     return (f"global batch {args.batch_size} = {world_size} processes x {parts} micro-batches of {share // parts} clips"
             f"{', recomputing blocks' if recompute else ''}; {device.type}, {precision}"
@@ -69,41 +69,47 @@ def step_memory(config, clip_shape, device, precision="float32", grad_checkpoint
 
 
 def step_peak(config, shape, device, precision, backward, grad_checkpoint=False):
-    """-> bytes that a step on videos of `shape` (b, c, f, h, w) holds at most, beside parameters and gradients: they
-    grow evenly with the pixels of a frame, so two small pictures are counted, and the line through them is extended."""
+    """-> bytes that a step on videos of `shape` (b, c, f, h, w) holds at most, beside parameters and gradients. In each
+    stage they grow evenly with the pixels of a frame: two small pictures are counted, and the lines extended."""
     b, c, f, h, w = shape
-    count = functools.partial(counted_peak, dataclasses.astuple(config), device=device, precision=precision,
+    count = functools.partial(counted_stages, dataclasses.astuple(config), device=device, precision=precision,
                               backward=backward, grad_checkpoint=grad_checkpoint)
     unit = 2 ** (len(config.channel_mults) - 1)  # the network halves a picture so often
-    units = math.ceil(counted_rows(device) / (f * unit**2))
-    if b * h * w <= 2 * units * unit**2:
-        return count(shape)
-    small, large = (count((1, c, f, unit, width * unit)) for width in (units, 2 * units))
-    return small + (b * h * w / (units * unit**2) - 1) * (large - small)
-
-
-def counted_rows(device):
-    """Rows of the first level (one position of one frame): several chunks (s4d.in_chunks) on a CPU; one fills a GPU."""
-    return (4 if device.type == "cpu" else 1) * chunk_size(device)
+    # large enough for several chunks at the first level (s4d.in_chunks) on a CPU; one fills a GPU
+    width = unit * math.ceil((4 if device.type == "cpu" else 1) * chunk_size(device) / (f * unit**2))
+    if b * h * w <= 2 * unit * width:
+        return max(count(shape))
+    stages = zip(count((1, c, f, unit, width)), count((1, c, f, unit, 2 * width)))
+    return max(small + (b * h * w / (unit * width) - 1) * (large - small) for small, large in stages)
 
 
 @functools.cache
-def counted_peak(config, shape, device, precision, backward, grad_checkpoint):
-    """`step_peak`, counted on tensors without data. The selective SSM does without its kernel, which needs data, and
-    without its loop over the frames."""
+def counted_stages(config, shape, device, precision, backward, grad_checkpoint):
+    """-> what each stage of a step holds at most, from one block to the next, counted on tensors without data. The
+    selective SSM does without its kernel, which needs data, and without its loop over the frames."""
+    peaks = []
+
+    def next_stage(*_):
+        peaks.append(memory.peak)
+        memory.peak = memory.live
+
     with FakeTensorMode(), torch.device("cuda" if device.type == "cuda" else "cpu"), LiveMemory() as memory, \
             torch.backends.cudnn.flags(enabled=False), mock.patch.object(S6, "has_kernel", False), \
             mock.patch.object(Recurrence, "apply", torch.mul):
         net = UNet3D(UNetConfig(*config), grad_checkpoint)
         for parameter in net.parameters():
             parameter.grad = torch.empty_like(parameter)
+        for block in [block for level in (net, *net.down, *net.up) for block in level.children()]:
+            block.register_forward_pre_hook(next_stage)  # recomputed blocks come once more
         x, t = torch.empty(shape), torch.empty(shape[0], dtype=torch.long)
         memory.live = memory.peak = 0
         with autocast(device, precision), torch.set_grad_enabled(backward):
             loss = (net(x, t).float() - x).square().mean()
+        next_stage()
         if backward:
             loss.backward()
-    return memory.peak
+        next_stage()
+    return peaks
 
 
 class LiveMemory(TorchDispatchMode):

