@@ -303,12 +303,12 @@ def until_stopped(loader, stop, count):
         try:
             stop.waiting = True
             batch = None if stop else next(loader)
+            stop.waiting = False
         except (StopWaiting, DataError):
+            stop.waiting = False
             time.sleep(0.2)  # of a signal to the whole process group a worker may have died before this process gets it
             if not stop:
                 raise
-        finally:
-            stop.waiting = False
         if any_process(batch is None):
             return
         yield batch
