@@ -5,7 +5,6 @@ Used by train.py, sample.py and bench.py, and by data.py and fvd.py as commands,
 import argparse
 import contextlib
 import datetime
-import json
 import math
 import os
 import re
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
 
 # on a CPU PyTorch raises a plain RuntimeError
 OUT_OF_MEMORY = "out of memory|can't allocate memory|bad_alloc|ALLOC_FAILED|not create a primitive"
@@ -29,12 +27,11 @@ def run(name, main, *told):
     """Run a script's main() and exit with the status it returns, or with one line on stderr.
 
     One line is for what a person did wrong (UserError and the classes in `told`), OSError, out of memory and Ctrl-C.
-    Any other exception is a bug and keeps its traceback. Under torchrun both are its "Root Cause".
+    Any other exception is a bug and keeps its traceback.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are no characters
-    report, for_all = os.environ.get("TORCHELASTIC_ERROR_FILE"), False
     try:
-        status = (record(main) if report else main)()
+        status = main()
         if dist.is_initialized():  # not after an error: it would wait for the other processes
             time.sleep(0.1)  # lets gloo's threads end: before 2.8 PyTorch joins them with the GIL, which one may want
             dist.destroy_process_group()
@@ -42,22 +39,17 @@ def run(name, main, *told):
     except KeyboardInterrupt:
         message = "interrupted; run the same command again"
     except (UserError, *told) as error:
-        message, for_all = str(error), True
+        if processes()[1]:  # the first process of each machine says it for all
+            sys.exit(1)
+        message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error)):
-            message = (f"out of memory ({gist(error)}); try a smaller --batch-size; of train.py, "
-                       "which then trains the same, a larger --grad-accum or a smaller --memory-gb")
-        elif re.search("Connection (reset|closed) by peer", str(error)):
-            message = "another process of this run has ended; run the same command again"
-        else:
+        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
-    message = f"{name}: {' '.join(message.splitlines())}"  # file names may have several lines
-    if report:  # in the place of the traceback that `record` has written there
-        info = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": info}}))
-    sys.exit(1 if for_all and processes()[1] else message)  # the first process of each machine says it for all
+        message = (f"out of memory ({gist(error)}); try a smaller --batch-size; of train.py, "
+                   "which then trains the same, a larger --grad-accum or a smaller --memory-gb")
+    sys.exit(f"{name}: {' '.join(message.splitlines())}")  # file names may have several lines
 
 
 def gist(error):
@@ -79,36 +71,27 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def number(kind, least, most, multiple_of=None, open_end=False):
-    """-> an argparse type: int or float (`kind`) from `least`, or above it if `open_end`, to `most`."""
-    wanted = f"a {'whole ' if kind is int else ''}number {'above' if open_end else 'of at least'} {least}"
-    wanted = f"a multiple of {multiple_of}" if multiple_of else wanted
-    wanted += f", at most {most}" if most < 2 ** 31 - 1 else ""
-
+def number(kind, wanted, fits):
+    """-> an argparse type: int or float (`kind`), if `fits` is true of it; `wanted` says in words when it is."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or open_end and value == least or multiple_of and value % multiple_of:
-            several = "; put blanks between several" if "," in text else ""
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}{several}")
-        return value
+        with contextlib.suppress(ValueError):
+            if fits(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     return parse
+
+
+positive_int = number(int, "a whole number of at least 1", lambda n: 1 <= n < 2 ** 31)
+non_negative_int = number(int, "a whole number of at least 0", lambda n: 0 <= n < 2 ** 31)
+positive_float = number(float, "a number above 0", lambda x: 0 < x < math.inf)
+non_negative_float = number(float, "a number of at least 0", lambda x: 0 <= x < math.inf)
+zero_to_one = number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 
 def shown(value):
     """A setting in words, as on the command line."""
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
-    if value is None or isinstance(value, bool):
-        return {None: "unset", True: "on", False: "off"}[value]
-    return str(value)
-
-
-positive_int, non_negative_int = number(int, 1, 2 ** 31 - 1), number(int, 0, 2 ** 31 - 1)
-positive_float, non_negative_float = number(float, 0, 1e30, open_end=True), number(float, 0, 1e30)
-zero_to_one = number(float, 0, 1)
+    words = {"None": "unset", "True": "on", "False": "off"}
+    return " ".join(words.get(str(one), str(one)) for one in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 # ---------------------------------------------------------------------------------------- device, precision
@@ -116,16 +99,17 @@ zero_to_one = number(float, 0, 1)
 
 def choose_device(name=None):
     """The torch.device that --device names, else the best; under torchrun this process's GPU. Raises UserError."""
-    known, in_use = [f"cuda:{i}" for i in range(torch.cuda.device_count())], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if known and name in (None, "cuda"):
-        if in_use > len(known):
-            raise UserError(f"{in_use} processes for {len(known)} GPUs; lower --nproc-per-node")
-        name = known[processes()[1]]
-    known += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    known = [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    if gpus and name in (None, "cuda"):
+        in_use = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if in_use > len(gpus):
+            raise UserError(f"{in_use} processes for {len(gpus)} GPUs; lower --nproc-per-node")
+        name = gpus[processes()[1]]
     name = name or known[0]
     if name not in known:
         raise UserError(f"--device {name}: expected one of those here: {', '.join(known)}")
-    if name.startswith("cuda"):
+    if name in gpus:
         torch.cuda.set_device(name)
     return torch.device(name)
 
@@ -159,8 +143,8 @@ def rank_zero_print(*words, **settings):
         print(*words, flush=True, **settings)
 
 
-def join_processes(backend="gloo", hours=24):
-    """Connect to torchrun's other processes, if there are any; collectives wait for them that long."""
+def join_processes(backend="gloo"):
+    """Connect to torchrun's other processes, if there are any; collectives wait for them for a day."""
     rank, _, world_size = processes()
     if world_size == 1:
         return
@@ -170,7 +154,7 @@ def join_processes(backend="gloo", hours=24):
         # each other's old addresses there. (On several machines each start has a new store; the counts may differ.)
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
-                            timeout=datetime.timedelta(hours=hours))
+                            timeout=datetime.timedelta(days=1))
 
 
 def barrier():
@@ -196,16 +180,16 @@ def rank_zero_first(action):
     """action() on rank 0, then on each further machine's first process, then on the rest: what the first one packs or
     downloads the others find. An error is raised on all ranks. -> what action() returns."""
     rank, local_rank, _ = processes()
-    result = error = None
     for turn in range(3):
+        error = None
         if turn == (2 if local_rank else 1 if rank else 0):
             try:
                 result = action()
             except Exception as caught:
                 error = caught
-        problems = [problem for problem in gather(error and gist(error)) if problem]
-        if problems:
-            raise error or UserError(problems[0])
+        for problem in gather(error and gist(error)):
+            if problem:
+                raise error or UserError(problem)
     return result
 
 

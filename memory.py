@@ -11,54 +11,44 @@ import weakref
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import s4d
 from command import UserError, autocast, choose_precision, gather, processes
 from model import UNet3D, UNetConfig, count_parameters
+from s4d import Recurrence, S6, chunk_size
 
 
 def fit_memory(args, config, device):
     """Choose the fewest micro-batches whose step fits in memory and, only if single clips do not fit without it,
     recomputation: sets args.grad_accum and args.grad_checkpoint -> a line about it. A given --grad-accum stays; that of
     a resumed run is tried first, as others change the last bits of sums. Raises UserError."""
-    world_size, precision, fixed = processes()[2], choose_precision(device, args.precision), "grad_accum" in args.given
+    world_size, precision, given = processes()[2], choose_precision(device, args.precision), "grad_accum" in args.given
     share, limit, about = args.batch_size // world_size, 0.9 * free_memory(device), ""
     if args.memory_gb:  # on a CPU it is that of the process, which has something already
         limit = max(0, args.memory_gb * 2**30 - (0 if device.type == "cuda" else peak_memory(device)))
-    may_recompute = args.grad_checkpoint or "grad_checkpoint" not in args.given
-    choices = [(parts, recompute) for recompute in sorted({bool(args.grad_checkpoint), bool(may_recompute)})
-               for parts in range(1, share + 1) if share % parts == 0]
+    recomputing = [args.grad_checkpoint]
+    if recomputing == [False] and "grad_checkpoint" not in args.given:
+        recomputing = [False, True]
+    choices = [(parts, recompute) for recompute in recomputing for parts in range(1, share + 1) if share % parts == 0]
     if args.grad_accum and share % args.grad_accum == 0:
-        choices.insert(0, (args.grad_accum, bool(args.grad_checkpoint)))
+        choices.insert(0, (args.grad_accum, args.grad_checkpoint))
     for parts, recompute in choices:
-        if not fixed or args.dry_run:
-            takes = step_memory(config, (share // parts, config.video_channels, args.frames, args.size, args.size),
-                                device, precision, recompute)
-            # the gradients of the micro-batches before are there, and DDP has a copy of them
-            takes += ((parts > 1) + (world_size > 1)) * 4 * number_of_parameters(config)
+        if not given or args.dry_run:
+            clips = share // parts, config.video_channels, args.frames, args.size, args.size
+            takes = step_memory(config, clips, device, precision, recompute)
             about = f"{takes / 2**30:.1f} GB of {limit / 2**30:.1f}"
-        if fixed or all(gather(takes <= limit)):  # on every process, or on none
+        if given or all(gather(takes <= limit)):  # on every process, or on none
             break
     else:
-        raise UserError(f"a training step takes {about} that are free, even with single clips"
-                        f"{' and recomputation' if recompute else ''}; try a smaller --frames or --base-channels")
+        raise UserError(f"a training step takes {about} that are free, with single clips; try a smaller --frames or "
+                        "--base-channels")
     args.grad_accum, args.grad_checkpoint = parts, recompute
     return (f"global batch {args.batch_size} = {world_size} processes x {parts} micro-batches of {share // parts} clips"
             f"{', recomputing blocks' if recompute else ''}; {device.type}, {precision}"
             f"{about and '; each process takes about ' + about}")
-
-
-def step_memory(config, clip_shape, device, precision="float32", grad_checkpoint=False):
-    """-> bytes that a training step takes for clips of `clip_shape` (b, c, f, h, w): parameters, Adam's two moments and
-    the EMA, as large each, and the most that the forward and backward pass holds, gradients included; a tenth more and
-    1/4 GB stand for workspaces of PyTorch's kernels and fragmentation."""
-    peak = step_peak(config, clip_shape, device, precision, grad_checkpoint=grad_checkpoint)
-    return 1.1 * (4 * 4 * number_of_parameters(config) + peak) + 2**28
 
 
 def sampling_batch(net, shape, device, precision, gradient):
@@ -69,49 +59,48 @@ def sampling_batch(net, shape, device, precision, gradient):
     return max(1, min(8 if device.type == "cpu" else 32, int(fitting)))
 
 
-def step_peak(config, shape, device, precision, backward=True, grad_checkpoint=False):
-    """-> bytes that a step on a video of `shape` (b, c, f, h, w) holds at most, beside the parameters.
+def step_memory(config, clip_shape, device, precision="float32", grad_checkpoint=False):
+    """-> bytes that a training step takes for clips of `clip_shape` (b, c, f, h, w): parameters, gradients, Adam's two
+    moments and the EMA, as large each, and the most that the forward and backward pass holds besides. A tenth more
+    stands for workspaces of PyTorch's kernels and fragmentation."""
+    with torch.device("meta"):
+        parameters = 4 * count_parameters(UNet3D(config))
+    return 1.1 * (5 * parameters + step_peak(config, clip_shape, device, precision, True, grad_checkpoint))
 
-    Each stage of a step grows evenly with the frames once the first level has several chunks of them (s4d.in_chunks),
-    so a short video and one of twice its frames are counted, and the lines through them extended. What grows with the
-    frames' square: Toeplitz matrices, added by their size, and the logits of `attention_impl` "math", for which a third
-    video is counted.
-    """
+
+def step_peak(config, shape, device, precision, backward, grad_checkpoint=False):
+    """-> bytes that a step on videos of `shape` (b, c, f, h, w) holds at most, beside parameters and gradients. In each
+    stage they grow evenly with the pixels of a frame: two small pictures are counted, and the lines extended."""
     b, c, f, h, w = shape
-    short = max(16, counted_rows(device) // (h * w))                                        # frames
-    videos = [(math.ceil(n / f), min(n, f)) for n in (short, 2 * short, 3 * short)]         # clips, frames
-    videos = [(b, f)] if b * f <= 2 * short else videos[:3 if config.attention_impl == "math" else 2]
-    terms = np.array([[1, n * frames, n * frames**2] for n, frames in [*videos, (b, f)]])[:, :max(2, len(videos))]
-    counts = [count_stages(dataclasses.astuple(config), (n, c, frames, h, w), f, device, precision, backward,
-                           grad_checkpoint) for n, frames in videos]
-    matrices = counts[0][1]
-    even = np.array([peaks for peaks, _ in counts]) - matrices * np.array([[frames**2] for _, frames in videos])
-    return (terms[-1] @ np.linalg.lstsq(terms[:-1], even, rcond=None)[0]).max() + matrices * f**2
-
-
-def counted_rows(device):
-    """Several chunks on a CPU; on a GPU one fills it."""
-    return (8 if device.type == "cpu" else 1) * s4d.chunk_size(device)
+    count = functools.partial(counted_stages, dataclasses.astuple(config), device=device, precision=precision,
+                              backward=backward, grad_checkpoint=grad_checkpoint)
+    unit = 2 ** (len(config.channel_mults) - 1)  # the network halves a picture so often
+    # large enough for several chunks at the first level (s4d.in_chunks) on a CPU; one fills a GPU
+    width = unit * math.ceil((4 if device.type == "cpu" else 1) * chunk_size(device) / (f * unit**2))
+    if b * h * w <= 2 * unit * width:
+        return max(count(shape))
+    stages = zip(count((1, c, f, unit, width)), count((1, c, f, unit, 2 * width)))
+    return max(small + (b * h * w / (unit * width) - 1) * (large - small) for small, large in stages)
 
 
 @functools.cache
-def count_stages(config, shape, frames, device, precision, backward, grad_checkpoint):
-    """-> the peaks of a step's stages, each from one block to the next, if videos are convolved as those of so many
-    `frames`; and the bytes of all Toeplitz matrices that exist at once, per frame²."""
-    peaks, matrices, pays = [], [0], s4d.toeplitz_pays
+def counted_stages(config, shape, device, precision, backward, grad_checkpoint):
+    """-> what each stage of a step holds at most, from one block to the next, counted on tensors without data. The
+    selective SSM does without its kernel, which needs data, and without its loop over the frames."""
+    peaks = []
 
     def next_stage(*_):
         peaks.append(memory.peak)
         memory.peak = memory.live
 
-    def pays_then(_, positions, d, device):
-        matrices.append(4 * d * (1 + net.config.bidirectional) if pays(frames, positions, d, device) else 0)
-        return matrices[-1] > 0
-
-    with counted_memory(device) as memory, mock.patch.object(s4d, "toeplitz_pays", pays_then):
+    with FakeTensorMode(), torch.device("cuda" if device.type == "cuda" else "cpu"), LiveMemory() as memory, \
+            torch.backends.cudnn.flags(enabled=False), mock.patch.object(S6, "has_kernel", False), \
+            mock.patch.object(Recurrence, "apply", torch.mul):
         net = UNet3D(UNetConfig(*config), grad_checkpoint)
+        for parameter in net.parameters():
+            parameter.grad = torch.empty_like(parameter)
         for block in [block for level in (net, *net.down, *net.up) for block in level.children()]:
-            block.register_forward_pre_hook(next_stage)
+            block.register_forward_pre_hook(next_stage)  # recomputed blocks come once more
         x, t = torch.empty(shape), torch.empty(shape[0], dtype=torch.long)
         memory.live = memory.peak = 0
         with autocast(device, precision), torch.set_grad_enabled(backward):
@@ -120,18 +109,7 @@ def count_stages(config, shape, frames, device, precision, backward, grad_checkp
         if backward:
             loss.backward()
         next_stage()
-    # every layer's, where they are kept for the backward pass; else one layer's, with a copy and the gradient
-    return peaks, sum(matrices) if backward and not grad_checkpoint else 3 * max(matrices)
-
-
-@contextlib.contextmanager
-def counted_memory(device):
-    """A context whose tensors have no data: in seconds its LiveMemory tells what a step would take on this device. The
-    selective SSM does without its kernel, which needs data, and without its loop over the frames."""
-    device = "cuda" if device.type == "cuda" else "cpu"
-    with FakeTensorMode(), torch.device(device), torch.backends.cudnn.flags(enabled=False), LiveMemory() as memory, \
-            mock.patch.object(s4d.S6, "has_kernel", False), mock.patch.object(s4d.Recurrence, "apply", torch.mul):
-        yield memory
+    return peaks
 
 
 class LiveMemory(TorchDispatchMode):
@@ -153,11 +131,6 @@ class LiveMemory(TorchDispatchMode):
     def add(self, size):
         self.live += size
         self.peak = max(self.peak, self.live)
-
-
-def number_of_parameters(config):
-    with torch.device("meta"):
-        return count_parameters(UNet3D(config))
 
 
 def peak_memory(device):

