@@ -427,7 +427,7 @@ def test_the_network_is_the_textbook_network(temporal, grad_checkpoint):
     net = randomise(UNet3D(UNetConfig(temporal=temporal, **TINY), grad_checkpoint)).double()
     x, t = torch.randn(2, 3, 5, 4, 4, dtype=torch.float64, requires_grad=True), torch.arange(2)
     plain = bench.use_textbook(copy.deepcopy(net, {id(p): p for p in net.parameters()}))  # the same parameters
-    assert sum("forward" in vars(module) for module in plain.modules()) == (temporal == "ssm") * 6
+    assert sum("forward" in vars(module) for module in plain.modules()) == (6 if temporal == "ssm" else 0)
     assert not plain.grad_checkpoint
     assert_same_function(net(x, t), plain(x, t), [x, *net.parameters()])
 
@@ -1649,7 +1649,7 @@ def test_what_cannot_be_used_is_listed_with_the_reason(tmp_path, monkeypatch, ca
     whole = write_mp4(folder / "cut.avi", 9, colour_of=noise).read_bytes()
     (folder / "cut.avi").write_bytes(whole[:len(whole) * 2 // 3])  # FFmpeg decodes what there is, without an error
     for name in ("text.mp4", "text.gif", "text.npy", "text.pt", "empty.mkv", "empty.webp"):
-        (folder / name).write_text("text\n" * 100 * ("text" in name))
+        (folder / name).write_text("text\n" * 100 if "text" in name else "")
     np.save(folder / "float.npy", np.zeros((2, 4, 4, 3)))
     np.save(folder / "several.npy", np.zeros((1, 2, 4, 4, 3), np.uint8))
     torch.save({"video": torch.zeros(1)}, folder / "dict.pt")
@@ -1835,7 +1835,7 @@ def test_a_pack_is_complete_or_absent_whatever_ends_it(by, tmp_path, monkeypatch
     with pytest.raises(data.DataError, match="07.npy") if by == "a crash" else pytest.raises(KeyboardInterrupt):
         data.pack(tmp_path / "source", tmp_path / "two.npy", size=8, workers=2)
     signal.signal(signal.SIGINT, handler)  # ignored if pytest was started in the background
-    assert sorted(os.listdir(tmp_path)) == ["one.json", "one.npy", "source", *["two.json"] * between]
+    assert sorted(os.listdir(tmp_path)) == ["one.json", "one.npy", "source"] + (["two.json"] if between else [])
     monkeypatch.undo()
     data.pack(tmp_path / "source", tmp_path / "two.npy", size=8, workers=2)
     for suffix in (".npy", ".json"):
