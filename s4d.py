@@ -254,9 +254,8 @@ def convolve(u, ssms):
 
 
 def toeplitz_pays(L, positions, d, device):
-    """Whether the Toeplitz matrix is faster than the FFT. A GPU's matrix units make it cheap while its d·L² entries fit;
-    on a CPU it pays if frames are no more than positions. Never chosen by the batch: a video comes out the same whatever
-    else is in it."""
+    """Whether the Toeplitz matrix is faster than the FFT: on a GPU, whose matrix units make it cheap, while its d·L²
+    entries fit; on a CPU if frames are no more than positions. Not by the batch: a video must not depend on others."""
     return L <= min(1024, positions if device.type == "cpu" else math.isqrt(2 ** 27 // d))
 
 

@@ -41,7 +41,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from command import (Parser, UserError, agree, atomic_write, autocast, barrier, choose_device, choose_precision, gather,
-                     join_processes, non_negative_float, non_negative_int, plural, positive_int, processes,
+                     gist, join_processes, non_negative_float, non_negative_int, plural, positive_int, processes,
                      rank_zero_first, rank_zero_print, run, zero_to_one)
 from data import DataError, read_json, read_whole_videos, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance

@@ -45,7 +45,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fvd
-from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, gather, join_processes,
+from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, gather, gist, join_processes,
                      non_negative_int, number, plural, positive_float, positive_int, processes, rank_zero_first,
                      rank_zero_print, run, shown, zero_to_one)
 from data import DataError, batches, class_names, cpus, open_videos, to_float
@@ -280,8 +280,9 @@ class StopSignals(set):
 
     def __init__(self):
         super().__init__()
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, self.on_signal)
+        for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(kind) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(kind, self.on_signal)
 
     def on_signal(self, kind, frame):
         if kind in self:
@@ -397,10 +398,13 @@ def resume(state):
                         "or another --out")
 
     # ---- state; the learning rate and the kernels are this run's, not the checkpoint's
-    state.net.load_state_dict(ckpt["model"])
-    state.ema.load_state_dict(ckpt["ema"])
-    groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": ckpt["optimizer"]["state"], "param_groups": groups})
+    try:
+        state.net.load_state_dict(ckpt["model"])
+        state.ema.load_state_dict(ckpt["ema"])
+        groups = state.optimizer.state_dict()["param_groups"]
+        state.optimizer.load_state_dict({"state": ckpt["optimizer"]["state"], "param_groups": groups})
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path} does not fit this network ({gist(error)}); choose another --out") from None
     if processes()[0] == 0 and path.name != "ckpt.pt":
         os.replace(path, args.out / "ckpt.pt")  # in the place of the damaged one, which must not become the spare
     rank_zero_print(*changed.values(), f"resuming from step {step} of {args.steps}", sep="\n")
@@ -416,7 +420,10 @@ def resumable_config(args, videos):
 def read_config(out):
     """-> the settings of the run in a folder; {} if there is none to be resumed."""
     path = out / "config.json"
-    config = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        config = dict(json.loads(path.read_text())) if path.exists() else {}
+    except (TypeError, ValueError):
+        raise UserError(f"{path} is damaged; give the run's flags after moving it away") from None
     return {name: value for name, value in config.items() if name in DEFAULTS}
 
 
