@@ -991,7 +991,6 @@ def test_micro_batches_fit_in_memory(monkeypatch):
 
     monkeypatch.setattr(memory, "step_memory", takes)
     monkeypatch.setattr(memory, "peak_memory", lambda device: 2**30)
-    monkeypatch.setattr(memory, "number_of_parameters", lambda config: 0)
     for free, *expected in [(9, 1, False), (7, 2, False), (2.1, 4, False), (1.9, 8, False), (0.9, 8, True)]:
         assert fitted(free) == fitted(99, "--memory-gb", str(free + 1)) == tuple(expected)
     for free, flags, says in [(0.4, [], "0.5 GB of 0.4"), (0.9, ["--no-grad-checkpoint"], "1.0 GB of 0.9")]:
