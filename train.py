@@ -684,7 +684,7 @@ def describe(args, net):
     ignored = NOT_ALL_TAKE - TAKES[args.temporal] | {"preset", "grad_accum", "dry_run"}
     for title, flags in FLAGS.items():
         words = [f"{name.replace('_', '-')} {shown(getattr(args, name))}" for name in flags
-                 if name not in ignored and getattr(args, name) is not None]
+                 if name not in ignored and getattr(args, name) not in (None, False)]
         lines += [f"{title}: {', '.join(words)}"] if words else []
     temporal = sum(p.numel() for name, p in net.named_parameters() if "temporal" in name or "position_bias" in name)
     return "\n".join([*lines, f"{count_parameters(net):,} parameters: {temporal:,} in temporal layers"])
