@@ -356,7 +356,7 @@ def main():
             denoiser = with_guidance(network, numbers, len(classes), args.guidance) if classes else network
             x_a = to_float(torch.stack([clips[i % len(clips)] for i in batch])).to(device) if given else None
             if causal:
-                with streaming(net) as advance:
+                with streaming(net, config["frames"]) as advance:  # as far back as it was trained: else streams drift
                     frames = diffusion.stream(denoiser, advance, (len(batch), 3, args.size, args.size), generators,
                                               args.sampling_steps, args.eta, x_a)
                     frames = bar(itertools.islice(frames, args.frames), total=args.frames, unit="frame", leave=False)
