@@ -290,6 +290,7 @@ class StopSignals(set):
         self.add(kind)
         rank_zero_print("stopping after this step; again to stop at once", file=sys.stderr)
         if self.waiting:
+            self.waiting = False  # a second signal must not interrupt what the first one has set off
             raise StopWaiting
 
 
