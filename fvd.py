@@ -419,8 +419,10 @@ def main():
     black_white = black_against_white(net, 16)
     notes = departures(args, protocol, real, fake, black_white)
     command.rank_zero_print(*(f"not comparable with published FVD: {note}" for note in notes),
-                            f"{fake['videos']} generated against {real['videos']} real clips of {frames} frames; "
-                            f"{fake['too_short']} and {real['too_short']} videos are too short", sep="\n")
+                            *(f"{about['too_short']} {name} videos are too short and left out"
+                              for name, about in (("generated", fake), ("real", real)) if about["too_short"]),
+                            f"{fake['videos']} generated against {real['videos']} real clips of {frames} frames",
+                            sep="\n")
     real_features = features_of(net, real_pixels, real_clips, real, settings, cache)
     fake_features = features_of(net, fake_pixels, fake_clips, fake, settings, cache)
     if command.processes()[0]:
