@@ -760,13 +760,11 @@ NO_SAMPLES = "--eval-clips 0 --grid-samples 0".split()
 def run_train(*flags, defaults=TRAIN):
     """Run train.py's main function in this process; restores the signal handlers."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_curves", lambda out: None)  # importing matplotlib takes longer than such a run
-        try:
-            train.train(train.parse_args([*defaults, *map(str, flags)]))
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+    try:
+        train.train(train.parse_args([*defaults, *map(str, flags)]))
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
@@ -1095,6 +1093,7 @@ def test_two_processes_are_one(trained, tmp_path):
 def test_fvd_in_training(tmp_path, monkeypatch):
     """Of the EMA weights' samples against training clips; a network that takes the mean colour stands for I3D."""
     monkeypatch.setattr(fvd, "load_i3d", lambda path, device: None)
+    monkeypatch.setattr(fvd, "CLASSES", 3)
     monkeypatch.setattr(fvd, "i3d_features", lambda net, videos: torch.from_numpy(videos).float().mean((1, 2, 3)))
     run_train("--steps", 2, "--frames", 9, "--fvd-every", 1, "--fvd-videos", 4, "--out", tmp_path, *NO_SAMPLES)
     values = [record["fvd"] for record in read_log(tmp_path) if "fvd" in record]

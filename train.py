@@ -8,11 +8,11 @@
     python train.py --preset tiny --causal                                # for streams without end
     python train.py --preset minerl-400 --dry-run                         # what would be trained
 
---out DIR (out/PRESET-TEMPORAL, and the network's flags) gets config.json, log.jsonl, samples/, ckpt.pt (and
-ckpt_previous.pt, the one before) and, at the end, loss.png. Stop it at any time: the same command, or `train.py --out
-DIR`, resumes from the last checkpoint, exactly. A flag on the command line wins over the run's own setting, that over
-the preset's (without --preset: of the column of the paper's Table 5 for --frames and --size), that over the default.
-Micro-batches and recomputation are chosen so that a step fits in memory; they do not change what is trained.
+--out DIR (out/PRESET-TEMPORAL, and the network's flags) gets config.json, log.jsonl, samples/, ckpt.pt and the one
+before, ckpt_previous.pt. Stop it at any time: the same command, or `train.py --out DIR`, resumes from the last
+checkpoint, exactly. A flag on the command line wins over the run's own setting, that over the preset's (without
+--preset: of the column of the paper's Table 5 for --frames and --size), that over the default. Micro-batches and
+recomputation are chosen so that a step fits in memory; they do not change what is trained.
 
 Glossary
     x_0, t, noise   as in diffusion.py
@@ -45,10 +45,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fvd
-from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, gather, gist, join_processes,
-                     non_negative_int, number, plural, positive_float, positive_int, processes, rank_zero_first,
-                     rank_zero_print, run, shown, zero_to_one)
-from data import DataError, batches, class_names, cpus, open_videos, to_float
+from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, gist, join_processes, non_negative_int,
+                     number, plural, positive_float, positive_int, processes, rank_zero_first, rank_zero_print, run,
+                     shown, zero_to_one)
+from data import DataError, batches, class_names, cpus, open_videos, read_json, to_float
 from diffusion import PREDICTIONS, Diffusion, label_dropped, sample_generators, training_noise
 from memory import fit_memory, peak_memory
 from model import ATTENTION_IMPLS, SSMS, TEMPORAL_LAYERS, UNet3D, UNetConfig, compile_tails, count_parameters
@@ -75,8 +75,10 @@ def train(args):
     # ---- data, run folder, resume: all that is wrong with them shows here, before any training
     i3d = fvd.load_i3d(args.i3d, device) if args.fvd_every else None
     videos, held_out, about_data = rank_zero_first(functools.partial(open_data, args))
-    lock = lock_folder(args.out) if rank == 0 else None  # noqa: F841, held until this process ends
     rank_zero_print(about_data, fit_memory(args, net.config, device), sep="\n")
+    if args.dry_run:
+        return
+    lock = lock_folder(args.out) if rank == 0 else None  # noqa: F841, held until this process ends
     net.grad_checkpoint = args.grad_checkpoint
     state = SimpleNamespace(args=args, config=resumable_config(args, videos), net=net, ema=ema, optimizer=optimizer,
                             diffusion=diffusion, videos=videos, held_out=held_out, i3d=i3d, stop=StopSignals())
@@ -132,8 +134,6 @@ def train(args):
     if "save" not in due:
         do_what_is_due({"save"}, step, state, losses, timer)
     bar.close()
-    if rank == 0 and importlib.util.find_spec("matplotlib"):
-        draw_curves(args.out)
     rank_zero_print(f"stopped at step {step}, saved in {args.out}; the same command resumes" if step < args.steps else
         f"done, saved in {args.out}; python sample.py --ckpt {args.out} draws videos")
 
@@ -191,10 +191,7 @@ def do_what_is_due(due, step, state, losses, timer):
 def mean_and_check(losses, timer, parameters, args):
     """Losses and gradient norms of the steps since `timer` -> their means over steps and processes, and what a step
     takes. Raises UserError if these or the weights are not finite."""
-    values = torch.stack(losses).mean(0)                                                    # loss, gradient norm
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()  # the gradient norm is the same on all of them
+    values = sum_processes(torch.stack(losses).mean(0)) / processes()[2]                    # loss, gradient norm
     (loss, grad_norm), weights = values.tolist(), torch.stack(torch._foreach_norm(parameters)).norm().item()
     if not math.isfinite(loss + grad_norm + weights):
         raise UserError(f"training diverged at --lr {args.lr}: loss {loss}, gradient norm {grad_norm}, norm of the "
@@ -204,12 +201,11 @@ def mean_and_check(losses, timer, parameters, args):
             "clips_per_second": args.batch_size / seconds, "peak_memory_mb": peak_memory(values.device) / 2**20}
 
 
-def share_out(count, compute):
-    """compute(indices), an iterable of a result for each index, by every process for its part of the `count` -> list
-    of all results."""
-    rank, _, world_size = processes()
-    by_rank = gather(list(compute(range(rank, count, world_size))))
-    return [by_rank[i % world_size][i // world_size] for i in range(count)]
+def sum_processes(tensor):
+    """-> the sum of all processes' tensors. If each fills its own part of one full of zeros, that is the whole."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 @torch.no_grad()
@@ -218,21 +214,18 @@ def held_out_loss(net, diffusion, videos, args):
 
     The same for every seed, number of processes and step: its curve is smooth where that of the training loss is noisy.
     """
-    device = torch.device(diffusion.device)
-
-    def quartile_losses(indices):
-        for i in indices:
+    rank, _, world_size = processes()
+    device, losses = torch.device(diffusion.device), torch.zeros(args.eval_clips, 4)
+    with autocast(device, args.precision), cached_kernels(net, args.frames):
+        for i in range(rank, args.eval_clips, world_size):
             clip, label = videos.clip_and_label(i)
             x_0 = to_float(torch.from_numpy(clip)).to(device)                               # c f h w
-            labels, losses = label_numbers([label], args.classes, device) if args.classes else None, []
+            labels = label_numbers([label], args.classes, device) if args.classes else None
             for quartile in range(4):
                 t, noise = training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T, per_frame=args.causal)
                 t, noise = ((quartile * diffusion.T + t) // 4).to(device), noise.to(device)
-                losses.append(diffusion.loss(functools.partial(net, labels=labels), x_0[None], t, noise).item())
-            yield losses
-
-    with autocast(device, args.precision), cached_kernels(net, args.frames):
-        quartiles = torch.tensor(share_out(args.eval_clips, quartile_losses), device=device).mean(0).tolist()
+                losses[i, quartile] = diffusion.loss(functools.partial(net, labels=labels), x_0[None], t, noise)
+    quartiles = sum_processes(losses).mean(0).tolist()
     return {"held_out_loss": sum(quartiles) / 4, "held_out_quartiles": quartiles}
 
 
@@ -240,34 +233,35 @@ def draw_samples(net, sample, args, count, stop):
     """Draw the first `count` samples by Diffusion.sample, or a functools.partial of it -> uint8 (count, f, h, w, 3);
     None if a stop was asked for meanwhile. With classes, sample i has the class i mod their number."""
     rank, _, world_size = processes()
-    at_once, device = args.batch_size // world_size // args.grad_accum, next(net.parameters()).device
+    device, shape = next(net.parameters()).device, (args.frames, args.size, args.size)
+    at_once, mine = args.batch_size // world_size // args.grad_accum, range(rank, count, world_size)
+    videos = torch.zeros(count, *shape, 3, dtype=torch.uint8)
 
     def until_stop(steps):
         bar = tqdm(steps, desc="sampling", unit="step", leave=False, disable=rank > 0,
                    mininterval=0.1 if sys.stderr.isatty() else 60)  # a line a minute in a log file
         return itertools.takewhile(lambda _: not stop, bar)
 
-    def samples(mine):
+    with autocast(device, args.precision), cached_kernels(net, args.frames):
         for indices in (mine[first:first + at_once] for first in range(0, len(mine), at_once)):
             labels = torch.tensor([i % len(args.classes) for i in indices], device=device) if args.classes else None
-            yield from draw(functools.partial(net, labels=labels), functools.partial(sample, progress=until_stop),
-                            (3, args.frames, args.size, args.size), sample_generators(args.seed, indices, device))
-
-    with autocast(device, args.precision), cached_kernels(net, args.frames):
-        videos = np.stack(share_out(count, samples))
-    return None if any_process(stop) else videos
+            videos[indices] = torch.from_numpy(draw(
+                functools.partial(net, labels=labels), functools.partial(sample, progress=until_stop), (3, *shape),
+                sample_generators(args.seed, indices, device)))
+    return None if any_process(stop) else sum_processes(videos).numpy()
 
 
 def sampled_fvd(state):
     """-> {"fvd": FVD between the first samples and as many training clips}, empty if a stop was asked for meanwhile.
     Biased upwards, as they are few: it shows the trend, fvd.py the number."""
-    args, i3d = state.args, state.i3d
+    args, (rank, _, world_size) = state.args, processes()
     fake = draw_samples(state.ema, state.diffusion.sample, args, args.fvd_videos, state.stop)
-
-    def features(indices):
-        return [[fvd.i3d_features(i3d, x[None])[0].numpy() for x in (state.videos.clip(i), fake[i])] for i in indices]
-
-    return {} if fake is None else {"fvd": fvd.fvd(*map(np.stack, zip(*share_out(args.fvd_videos, features))))}
+    if fake is None:
+        return {}
+    features = torch.zeros(2, args.fvd_videos, fvd.CLASSES)
+    for i in range(rank, args.fvd_videos, world_size):
+        features[:, i] = torch.cat([fvd.i3d_features(state.i3d, x[None]) for x in (state.videos.clip(i), fake[i])])
+    return {"fvd": fvd.fvd(*sum_processes(features))}
 
 
 # ---------------------------------------------------------------------------------------- stops
@@ -276,7 +270,7 @@ def sampled_fvd(state):
 class StopSignals(set):
     """The first Ctrl-C or SIGTERM from here on asks for a stop after the current step, and makes this set, of signals
     received, true; a second one of the same kind exits at once."""
-    waiting = False
+    waiting = False  # for a batch, which may never come
 
     def __init__(self):
         super().__init__()
@@ -290,12 +284,8 @@ class StopSignals(set):
         self.add(kind)
         rank_zero_print("stopping after this step; again to stop at once", file=sys.stderr)
         if self.waiting:
-            self.waiting = False  # a second signal must not interrupt what the first one has set off
-            raise StopWaiting
-
-
-class StopWaiting(BaseException):
-    """Ends the wait for a batch, which may never come; nothing on the way may take it for an error."""
+            self.waiting = False  # the next signal must not interrupt what this one sets off
+            raise KeyboardInterrupt
 
 
 def until_stopped(loader, stop, count):
@@ -305,12 +295,12 @@ def until_stopped(loader, stop, count):
         try:
             stop.waiting = True
             batch = None if stop else next(loader)
-            stop.waiting = False
-        except (StopWaiting, DataError):
+        except (KeyboardInterrupt, DataError):
             stop.waiting = False
             time.sleep(0.2)  # of a signal to the whole process group a worker may have died before this process gets it
             if not stop:
                 raise
+        stop.waiting = False
         if any_process(batch is None):
             return
         yield batch
@@ -318,10 +308,7 @@ def until_stopped(loader, stop, count):
 
 def any_process(flag):
     """Whether it is true of any process."""
-    flag = torch.tensor(bool(flag), dtype=torch.int)
-    if dist.is_initialized():
-        dist.all_reduce(flag)  # on the CPU, by gloo
-    return flag.item() > 0
+    return sum_processes(torch.tensor(int(bool(flag)))).item() > 0  # on the CPU, by gloo
 
 
 # ---------------------------------------------------------------------------------------- data and run folder
@@ -418,36 +405,20 @@ def resumable_config(args, videos):
         "data_fingerprint": videos.fingerprint, "data_stride": videos.stride}
 
 
-def read_config(out):
-    """-> the settings of the run in a folder; {} if there is none to be resumed."""
-    path = out / "config.json"
-    try:
-        config = dict(json.loads(path.read_text())) if path.exists() else {}
-    except (TypeError, ValueError):
-        raise UserError(f"{path} is damaged; give the run's flags after moving it away") from None
-    return {name: value for name, value in config.items() if name in DEFAULTS}
-
-
 def start_log(args, config, first_step):
-    """Write config.json; drop the lines of log.jsonl that are later than the checkpoint, as those steps come again ->
-    the TensorBoard writer, or None."""
+    """Write config.json; keep the lines of log.jsonl up to the checkpoint, as later steps come again -> the TensorBoard
+    writer, or None."""
+    path, kept = args.out / "log.jsonl", []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # a crash may have cut a line off, emptied it or filled it with zeros
+            kept += [line + "\n"] if json.loads(line)["step"] <= first_step else []
+    with atomic_write(path, "w") as file:
+        file.writelines(kept)
     with atomic_write(args.out / "config.json", "w") as file:
         json.dump(config, file, indent=1)
-    records = read_log(args.out)
-    with atomic_write(args.out / "log.jsonl", "w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records if record["step"] <= first_step)
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
         return SummaryWriter(args.out / "tensorboard", purge_step=first_step + 1)
-
-
-def read_log(out):
-    """-> the records of a run's log, without the lines that a crash has cut off, emptied or filled with zeros."""
-    path, records = out / "log.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
 
 
 def write_record(record, args, tensorboard):
@@ -463,24 +434,6 @@ def write_record(record, args, tensorboard):
     if tensorboard:
         for name in {"loss", "grad_norm", "seconds_per_step", "held_out_loss", "fvd"} & record.keys():
             tensorboard.add_scalar(name, record[name], record["step"])
-
-
-def draw_curves(out):
-    """Draw a run's losses against its steps, the held-out loss in each quartile of t too. Needs matplotlib."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((8, 5), layout="constrained")
-    panel = figure.subplots()
-    panel.set(yscale="log", xlabel="step", ylabel="loss")
-    curves = {"loss": "training loss", "held_out_loss": "held-out loss",
-              "held_out_quartiles": [f"held-out, quartile {i} of t" for i in (1, 2, 3, 4)]}
-    for name, labels in curves.items():
-        records = [record for record in read_log(out) if name in record]
-        if records:
-            panel.plot([r["step"] for r in records], [r[name] for r in records], label=labels)
-    panel.legend()
-    with atomic_write(out / "loss.png") as file:
-        figure.savefig(file, format="png", dpi=120)
 
 
 # ---------------------------------------------------------------------------------------- flags, and what they mean
@@ -583,9 +536,7 @@ TAKES = {"ssm": {"state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidire
 NOT_ALL_TAKE = set().union(*TAKES.values())
 
 # What may differ when a run is resumed: none of it shapes the network or the data.
-MAY_CHANGE = {"steps", "log_every", "eval_every", "sample_every", "save_every", "lr", "workers", "precision", "compile",
-              "grad_checkpoint", "grad_accum", "grad_clip", "tensorboard", "device", "eval_clips",
-              "grid_samples", "attention_impl", "fvd_every", "fvd_videos", "i3d", "deterministic"}
+MAY_CHANGE = {*FLAGS["speed and memory"], *FLAGS["output"], "steps", "lr", "workers", "grad_clip", "attention_impl"}
 
 # Flags that, where given, are part of the default --out's name: rows of the paper's tables do not share a folder.
 IN_OUT_NAME = NOT_ALL_TAKE - MAY_CHANGE | {"base_channels", "classes", "prediction"}
@@ -626,7 +577,8 @@ def parse_args(argv=None):
     variant = [name.replace("_", "-") + ("" if value is True else f"-{value}")
                for name, value in sorted(explicit.items()) if name in IN_OUT_NAME]
     out = explicit.get("out") or Path("out", "-".join([explicit.get("preset", nearest), temporal, *variant]))
-    given = read_config(out) | explicit
+    # of a run to be resumed; if its config.json is damaged, the flags have to be given again
+    given = {name: value for name, value in read_json(out / "config.json").items() if name in DEFAULTS} | explicit
     is_nearest = "preset" not in given
     if is_nearest:  # only a preset that is asked for trains on the test videos, too
         given = {"preset": nearest, "split": "train"} | given
@@ -692,14 +644,7 @@ def describe(args, net):
 
 
 def main():
-    args = parse_args()
-    if not args.dry_run:
-        return train(args)
-    device = choose_device(args.device)
-    if processes()[0] == 0:
-        with torch.device("meta"):
-            net = UNet3D(unet_config(args))
-        print(describe(args, net), open_data(args)[2], fit_memory(args, net.config, device), sep="\n")
+    train(parse_args())
 
 
 if __name__ == "__main__":
