@@ -45,9 +45,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fvd
-from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, gist, join_processes, non_negative_int,
-                     number, plural, positive_float, positive_int, processes, rank_zero_first, rank_zero_print, run,
-                     shown, zero_to_one)
+from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, gist, join_processes,
+                     non_negative_int, number, plural, positive_float, positive_int, processes, rank_zero_first,
+                     rank_zero_print, run, shown, zero_to_one)
 from data import DataError, batches, class_names, cpus, open_videos, read_json, to_float
 from diffusion import PREDICTIONS, Diffusion, label_dropped, sample_generators, training_noise
 from memory import fit_memory, peak_memory

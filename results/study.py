@@ -22,6 +22,7 @@ Glossary
 """
 import functools
 import importlib.util
+import itertools
 import json
 import signal
 import sys
@@ -35,15 +36,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fvd
 from command import Parser, positive_int, run, atomic_write
-from data import DataError, read_videos, to_float
+from data import DataError, read_videos, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, training_noise
 from mazes import MazeVideos
-from s4d import cached_kernels
+from s4d import cached_kernels, streaming
 from sample import draw, load_checkpoint, load_network
 from train import parse_args, train
 
 LAYERS = {"ssm": ["--temporal", "ssm"],
           "ssm-unidirectional": ["--temporal", "ssm", "--unidirectional"],
+          "ssm-causal": ["--temporal", "ssm", "--causal"],  # its samples are streams; its held-out loss is another
           "ssm-mlp-layers-0": ["--temporal", "ssm", "--mlp-layers", "0"],
           "attention": ["--temporal", "attention"],
           "linear-attention": ["--temporal", "linear-attention"],
@@ -60,7 +62,7 @@ PLACES = {"first 2": slice(0, 2), "others": slice(2, -2), "last 2": slice(-2, No
 def main():
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--layers", nargs="+", choices=LAYERS, default=list(LAYERS))
+    add("--layers", nargs="+", choices=LAYERS, default=[name for name in LAYERS if name != "ssm-causal"])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="two or more")
     add("--steps", type=positive_int, default=1000, help="of training (1000)")
     add("--samples", type=positive_int, default=32, help="videos drawn from each network (32)")
@@ -119,7 +121,7 @@ def measure_network(ckpt, count, steps):
     net, config = load_network(ckpt), ckpt["config"]
     shape = 3, config["frames"], config["size"], config["size"]
     diffusion, videos = Diffusion(config["diffusion_steps"]), MazeVideos(*shape[1:3], "test")
-    sample = functools.partial(diffusion.sample, steps=min(steps, diffusion.T), eta=1)
+    settings = {"steps": min(steps, diffusion.T), "eta": 1}
     losses, samples = torch.zeros(4, shape[1]), []
     with cached_kernels(net, shape[1]):
         for i in range(config["eval_clips"]):  # the clips, timesteps and noise of train.held_out_loss
@@ -131,7 +133,12 @@ def measure_network(ckpt, count, steps):
                 losses[quartile] += error.square().mean((0, 1, 3, 4)) / config["eval_clips"]
         for first in tqdm(range(0, count, 16), f"{count} samples", unit_scale=16):
             generators = sample_generators(config["seed"], range(first, min(first + 16, count)), "cpu")
-            samples.append(draw(net, sample, shape, generators))
+            if config.get("causal"):
+                with streaming(net, shape[1]) as advance:
+                    frames = diffusion.stream(net, advance, (len(generators), 3, *shape[2:]), generators, **settings)
+                    samples.append(to_uint8(torch.cat([*itertools.islice(frames, shape[1])], 2)).numpy())
+            else:
+                samples.append(draw(net, functools.partial(diffusion.sample, **settings), shape, generators))
     samples = np.concatenate(samples)
     return {"frames": losses.tolist(), "unexplained": unexplained(samples).tolist()}, samples
 
