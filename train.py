@@ -19,6 +19,7 @@ Glossary
     step            counts from 1; its random numbers have the key step - 1, the steps finished before it
     share           the part of a batch that this process takes
     EMA             exponential moving average of the weights; samples and held-out losses come from it
+    label           what a clip shows, in words; the network takes its number in args.classes, the labels of the data
 """
 import argparse
 import contextlib
@@ -75,7 +76,8 @@ def train(args):
     # ---- data, run folder, resume: all that is wrong with them shows here, before any training
     i3d = fvd.load_i3d(args.i3d, device) if args.fvd_every else None
     videos, held_out, about_data = rank_zero_first(functools.partial(open_data, args))
-    rank_zero_print(about_data, fit_memory(args, net.config, device), sep="\n")
+    about_memory = fit_memory(args, net.config, device)  # chooses args.grad_accum and args.grad_checkpoint
+    rank_zero_print(about_data, about_memory, sep="\n")
     if args.dry_run:
         return
     lock = lock_folder(args.out) if rank == 0 else None  # noqa: F841, held until this process ends
@@ -94,25 +96,28 @@ def train(args):
     parameters, ema_parameters = list(net.parameters()), list(ema.parameters())
     share_size = args.batch_size // world_size
     share = range(rank * share_size, (rank + 1) * share_size)
-    loader = batches(videos, share, args.seed, first_step, args.workers, device.type == "cuda", with_labels=True)
+    loader = batches(videos, share, args.seed, first_step, args.workers, pin_memory=device.type == "cuda",
+                     with_labels=True)
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
     step, due, losses, timer = first_step, set(), [], time.perf_counter()
 
     for step, (clips, labels) in enumerate(until_stopped(loader, state.stop, args.steps - first_step), first_step + 1):
         # ---- batch and noise
         x_0 = to_float(clips.to(device, non_blocking=device.type == "cuda"))                # share c f h w
-        t, noise = training_noise(x_0.shape[1:], args.seed, step - 1, share, diffusion.T, device, args.causal)
+        t, noise = training_noise(x_0.shape[1:], args.seed, step - 1, share, diffusion.T, device,
+                                  per_frame=args.causal)
         hidden = [label_dropped(LABEL_DROPOUT, args.seed, step - 1, i) for i in share]
         labels = label_numbers(np.where(hidden, None, labels), args.classes, device)        # share
 
         # ---- forward and backward in micro-batches, whose gradients add up
         loss_sum = torch.zeros((), device=device)
-        for i, part in enumerate(zip(*(tensor.chunk(args.grad_accum) for tensor in (x_0, t, noise, labels)))):
+        parts = zip(*(tensor.chunk(args.grad_accum) for tensor in (x_0, t, noise, labels)))
+        for i, (x_0, t, noise, labels) in enumerate(parts):
             is_last = i == args.grad_accum - 1  # in it DDP averages over processes
-            denoiser = functools.partial(forward, labels=part[3] if args.classes else None)
+            denoiser = functools.partial(forward, labels=labels if args.classes else None)
             with contextlib.nullcontext() if is_last or world_size == 1 else forward.no_sync():
                 with autocast(device, args.precision):
-                    loss = diffusion.loss(denoiser, *part[:3]).mean() / args.grad_accum
+                    loss = diffusion.loss(denoiser, x_0, t, noise).mean() / args.grad_accum
                 loss.backward()
             loss_sum += loss.detach()
 
@@ -339,7 +344,8 @@ def lock_folder(out):
 
 
 def save_checkpoint(step, state):
-    """Write ckpt.pt, all that resuming needs; the one before stays as ckpt_previous.pt. Raises OSError."""
+    """Write ckpt.pt, all that resuming needs, which `sample.load_checkpoint` reads; the one before stays as
+    ckpt_previous.pt. Raises OSError."""
     path, net = state.args.out / "ckpt.pt", state.net
     with atomic_write(path) as file:
         torch.save({"step": step, "config": state.config, "unet": dataclasses.asdict(net.config),
