@@ -300,7 +300,7 @@ def departures(args, protocol, real, fake, black_white):
     reasons |= {
         "published numbers have a --protocol, which says which videos, and how many": not protocol,
         f"other weights: black against white is {black_white:.3f}": abs(black_white - KNOWN[16]) > TOLERANCE,
-        f"of {CLASSES} videos or fewer the covariance is singular": min(real["videos"], fake["videos"]) <= CLASSES,
+        f"biased: covariances of {CLASSES} videos are singular": min(real["videos"], fake["videos"]) <= CLASSES,
         f"resolutions differ: {real['resolution']}, {fake['resolution']}": real["resolution"] != fake["resolution"]}
     return [reason for reason, holds in reasons.items() if holds]
 
@@ -385,7 +385,7 @@ def main():
     notes = departures(args, protocol, real, fake, black_white)
     command.rank_zero_print(*(f"not comparable with published FVD: {note}" for note in notes),
                             f"{fake['videos']} generated against {real['videos']} real clips of {frames} frames "
-                            f"({fake['too_short']} and {real['too_short']} videos are too short)", sep="\n")
+                            f"({fake['too_short']} and {real['too_short']} videos were too short)", sep="\n")
     real_features = features_of(net, real_pixels, real_clips, real, settings, cache)
     fake_features = features_of(net, fake_pixels, fake_clips, fake, settings, cache)
     if command.processes()[0]:
