@@ -193,7 +193,9 @@ def read_videos(path, size=None):
     videos = read_index(path).get("videos")
     if videos is None:
         count, length = array.shape[:2] if array.ndim == 5 else (1, len(array))
-        labels = read_json(path.with_name(path.name + ".json")).get("labels") or [None] * count
+        labels = read_json(path.with_name(path.name + ".json")).get("labels")
+        if not isinstance(labels, list) or [type(label) for label in labels] != [str] * count:
+            labels = [None] * count
         videos = [{"name": f"{path.name}[{i}]", "start": i * length, "length": length, "label": label, "split": "train"}
                   for i, label in enumerate(labels)]
     if [video["start"] for video in videos] + [len(pixels)] != [0, *itertools.accumulate(v["length"] for v in videos)]:
@@ -427,9 +429,11 @@ def decode(path, size, min_frames=1, stride=1):
 
 def read_images(path, size):
     """The frames of a video as PIL images, scaled down to no less than twice `size`, or not at all."""
-    is_folder, kind = path.is_dir(), path.suffix.lower()
+    files, is_folder, kind = files_of(path), path.is_dir(), path.suffix.lower()
+    if not all(file.is_file() for file in files):  # reading a pipe would wait for ever
+        raise DataError("is not there, may not be read, or is not a regular file")
     if is_folder or kind in FRAME_FILES | ANIMATIONS:
-        for file in files_of(path):
+        for file in files:
             with Image.open(file) as image:
                 animated = getattr(image, "is_animated", False) and image.format != "MPO"  # a JPEG and its preview
                 if animated == is_folder:

