@@ -1569,10 +1569,10 @@ class Stuck:
 @pytest.mark.parametrize("ends", [data.DataError, Killed])
 def test_a_dead_worker_or_a_signal_ends_the_wait_for_data(ends, monkeypatch):
     def on_alarm(*_):
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGSTOP if ends is Killed else signal.SIGKILL)
         if ends is Killed:
             raise Killed
-        for worker in workers:
-            worker.kill()
 
     monkeypatch.setattr("tempfile.tempdir", "/tmp/" + "long" * 35)
     before, loader = set(multiprocessing.active_children()), data.batches(Stuck(), range(2), 0, workers=2)
@@ -1589,8 +1589,7 @@ def test_a_dead_worker_or_a_signal_ends_the_wait_for_data(ends, monkeypatch):
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, handler)
-    for worker in workers:
-        worker.kill()
+    assert [exit_code(worker) for worker in workers] == [-signal.SIGKILL] * 2, "even if they are frozen"
 
 
 def test_workers_end_with_the_main_process(tmp_path):
