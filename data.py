@@ -35,6 +35,7 @@ import os
 import re
 import signal
 import tempfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +159,9 @@ def in_processes(function, items, workers):
     receivers = []
     for first in range(workers):
         pipe = receiver, sender = multiprocessing.Pipe(duplex=False)
-        multiprocessing.Process(target=work, args=(function, items[first::workers], *pipe), daemon=True).start()
+        process = multiprocessing.Process(target=work, args=(function, items[first::workers], *pipe), daemon=True)
+        process.start()
+        weakref.finalize(receiver, process.kill)  # at its exit Python would wait for one that is frozen
         sender.close()
         receivers.append(receiver)
     for item, receiver in zip(items, itertools.cycle(receivers)):
