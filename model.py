@@ -22,8 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from s4d import (S6, DiagonalSSM, TemporalSSM, at_least_float32, autocast_off, by_positions, by_rows, check_frames,
-                 checkpointed, chunk_size, in_chunks, layer_norm)
+from s4d import (S6, DiagonalSSM, TemporalSSM, at_least_float32, by_positions, by_rows, check_frames, checkpointed,
+                 chunk_size, in_chunks, layer_norm)
 
 TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "gss", "mamba", "lstm", "none")
 CAUSAL_LAYERS = ("ssm", "gss")  # whose past is a state of fixed size
@@ -33,7 +33,7 @@ MAX_SEQUENCES = 2 ** 15  # per call of attention: its fused CUDA kernels fail be
 MAX_LOGITS = 2 ** 29  # of temporal attention at once: the gradient of its bias exists for each of them
 
 
-@dataclass
+@dataclass(unsafe_hash=True)  # so that functools.cache takes it; nothing changes after __post_init__
 class UNetConfig:
     """Every architecture setting. The defaults are those of the paper's Table 5. Raises ValueError."""
     temporal: str = "ssm"               # one of TEMPORAL_LAYERS
@@ -235,7 +235,7 @@ class Block(nn.Module):
         """SiLU(GroupNorm(x) (scale + 1) + shift); x (b, f, h, w, c), scale and shift (b, 1 or f, c) or None -> like
         x."""
         group_norm = native_group_norm if x.device.type == "cpu" else framewise_group_norm
-        with autocast_off(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             return F.silu(group_norm(x, self.norm, scale, shift).to(x.dtype))
 
 
@@ -314,7 +314,7 @@ class SpatialLinearAttention(SpatialAttention):
 
 def linear_attention(q, k, v):
     """softmax of q over its features, of k over the sequence; q, k, v: (..., n, d) -> (..., n, d)."""
-    with autocast_off(q.device):
+    with torch.autocast(q.device.type, enabled=False):
         q, k = q.softmax(-1) * q.shape[-1] ** -0.5, k.softmax(-2)
     return q @ (k.mT @ v)
 
@@ -444,7 +444,7 @@ class TemporalLSTM(nn.Module):
 
     def recur(self, x):
         """x: (p, f, c) -> (p, f, c); the recurrence itself in the precision of its weights."""
-        with autocast_off(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             H = layer_norm(x, self.norm.weight).to(self.lstm.weight_hh_l0.dtype)
             states = self.lstm(H)[0]                                                        # p f hidden
         return self.out(F.gelu(states.to(x.dtype)))
@@ -526,8 +526,4 @@ class TemporalMamba(nn.Module):
 
 def short_conv(u, conv, reverse):
     """y_k = Σ_j w_j u_{k-3+j}, or backward in time, Σ_j w_j u_{k+3-j}; conv: Conv1d, u: (b, f, ..., c)."""
-    x = u.flip(1) if reverse else u
-    x = x.reshape(*u.shape[:2], -1, u.shape[-1]).permute(0, 2, 3, 1).flatten(0, 1)               # b·p c f
-    y = conv(F.pad(x, (conv.kernel_size[0] - 1, 0)))
-    y = y.unflatten(0, (u.shape[0], -1)).permute(0, 3, 1, 2).reshape(u.shape)
-    return y.flip(1) if reverse else y
+    return by_positions(lambda x: conv(F.pad(x.mT, (conv.kernel_size[0] - 1, 0))).mT, u, None, reverse)  # x: p f c
