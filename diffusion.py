@@ -162,7 +162,6 @@ class Diffusion:
             x = self.step(x, x_0, t, s, generators, eta)
         return x
 
-
     @torch.no_grad()
     def stream(self, net, advance, shape, generators=None, steps=16, eta=0.5, given=None):
         """Draw videos a frame at a time, without end, with a causal network, by DDIM.
@@ -221,9 +220,8 @@ def sample_generators(seed, indices, device="cpu"):
 def training_noise(shape, seed, step, indices, T, device="cpu", per_frame=False):
     """The random numbers of a training step: t (b,) uniform over the T steps, and standard normal noise (b, *shape).
 
-    per_frame: t (b, f), one for each frame of shape (c, f, h, w), independently ("Diffusion Forcing", Chen et al.
-    2024, arXiv 2407.01392). Row j is a function of (seed, step, indices[j]) alone: neither rank, worker nor batch size
-    enters.
+    per_frame: t is (b, f), one for each frame of shape (c, f, h, w) ("Diffusion Forcing", Chen et al. 2024, arXiv
+    2407.01392). Row j is a function of (seed, step, indices[j]) alone, whatever the rank, worker and batch size.
     """
     generators = [torch.Generator(device).manual_seed(key_to_seed("train", seed, step, i)) for i in indices]
     t = torch.stack([torch.randint(T, shape[1:2] if per_frame else (), generator=g, device=device) for g in generators])

@@ -1,6 +1,4 @@
 """Memory: what a training or denoising step takes, what is free, and the micro-batches that follow."""
-import contextlib
-import dataclasses
 import functools
 import math
 import os
@@ -9,7 +7,6 @@ import resource
 import sys
 import weakref
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from command import UserError, autocast, choose_precision, gather, processes
-from model import UNet3D, UNetConfig, count_parameters
-from s4d import Recurrence, S6, chunk_size
+from model import UNet3D, count_parameters
+from s4d import S6, chunk_size
 
 
 def fit_memory(args, config, device):
@@ -29,9 +26,7 @@ def fit_memory(args, config, device):
     share, limit, about = args.batch_size // world_size, 0.9 * free_memory(device), ""
     if args.memory_gb:  # on a CPU it is that of the process, which has something already
         limit = max(0, args.memory_gb * 2**30 - (0 if device.type == "cuda" else peak_memory(device)))
-    recomputing = [args.grad_checkpoint]
-    if recomputing == [False] and "grad_checkpoint" not in args.given:
-        recomputing = [False, True]
+    recomputing = [args.grad_checkpoint] if args.grad_checkpoint or "grad_checkpoint" in args.given else [False, True]
     choices = [(parts, recompute) for recompute in recomputing for parts in range(1, share + 1) if share % parts == 0]
     if args.grad_accum and share % args.grad_accum == 0:
         choices.insert(0, (args.grad_accum, args.grad_checkpoint))
@@ -71,53 +66,46 @@ def step_memory(config, clip_shape, device, precision="float32", grad_checkpoint
 def step_peak(config, shape, device, precision, backward, grad_checkpoint=False):
     """-> bytes that a step on videos of `shape` (b, c, f, h, w) holds at most, beside parameters and gradients. In each
     stage they grow evenly with the pixels of a frame: two small pictures are counted, and the lines extended."""
-    b, c, f, h, w = shape
-    count = functools.partial(counted_stages, dataclasses.astuple(config), device=device, precision=precision,
-                              backward=backward, grad_checkpoint=grad_checkpoint)
+    (b, c, f, h, w), settings = shape, (config, device, precision, backward, grad_checkpoint)
     unit = 2 ** (len(config.channel_mults) - 1)  # the network halves a picture so often
     # large enough for several chunks at the first level (s4d.in_chunks) on a CPU; one fills a GPU
     width = unit * math.ceil((4 if device.type == "cpu" else 1) * chunk_size(device) / (f * unit**2))
     if b * h * w <= 2 * unit * width:
-        return max(count(shape))
-    stages = zip(count((1, c, f, unit, width)), count((1, c, f, unit, 2 * width)))
-    return max(small + (b * h * w / (unit * width) - 1) * (large - small) for small, large in stages)
+        return max(counted_stages(shape, *settings))
+    smaller, larger = (counted_stages((1, c, f, unit, times * width), *settings) for times in (1, 2))
+    further = b * h * w / (unit * width) - 1
+    return max(small + further * (large - small) for small, large in zip(smaller, larger))
 
 
 @functools.cache
-def counted_stages(config, shape, device, precision, backward, grad_checkpoint):
-    """-> what each stage of a step holds at most, from one block to the next, counted on tensors without data. The
-    selective SSM does without its kernel, which needs data, and without its loop over the frames."""
-    peaks = []
-
-    def next_stage(*_):
-        peaks.append(memory.peak)
-        memory.peak = memory.live
-
+def counted_stages(shape, config, device, precision, backward, grad_checkpoint):
+    """-> what each stage of a step holds at most, from one block to the next, counted on tensors without data."""
     with FakeTensorMode(), torch.device("cuda" if device.type == "cuda" else "cpu"), LiveMemory() as memory, \
-            torch.backends.cudnn.flags(enabled=False), mock.patch.object(S6, "has_kernel", False), \
-            mock.patch.object(Recurrence, "apply", torch.mul):
-        net = UNet3D(UNetConfig(*config), grad_checkpoint)
+            torch.backends.cudnn.flags(enabled=False):
+        net = UNet3D(config, grad_checkpoint)
+        for s6 in [module for module in net.modules() if isinstance(module, S6)]:
+            s6.has_kernel, s6.recurrence = False, torch.mul  # one needs data, the other would take minutes
         for parameter in net.parameters():
             parameter.grad = torch.empty_like(parameter)
         for block in [block for level in (net, *net.down, *net.up) for block in level.children()]:
-            block.register_forward_pre_hook(next_stage)  # recomputed blocks come once more
+            block.register_forward_pre_hook(lambda *_: memory.peaks.append(memory.live))  # also when it is recomputed
         x, t = torch.empty(shape), torch.empty(shape[0], dtype=torch.long)
-        memory.live = memory.peak = 0
+        memory.live, memory.peaks = 0, [0]
         with autocast(device, precision), torch.set_grad_enabled(backward):
             loss = (net(x, t).float() - x).square().mean()
-        next_stage()
+        memory.peaks.append(memory.live)
         if backward:
             loss.backward()
-        next_stage()
-    return peaks
+    return memory.peaks
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations in this context make and keep, `live` now and `peak` at most."""
+    """Counts the bytes of the tensors that operations in this context make and keep: `live`, and at most `peaks[-1]`
+    since a value was last appended to `peaks`."""
 
     def __init__(self):
         super().__init__()
-        self.live, self.peak, self.known = 0, 0, weakref.WeakSet()
+        self.live, self.peaks, self.known = 0, [0], weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -130,7 +118,7 @@ class LiveMemory(TorchDispatchMode):
 
     def add(self, size):
         self.live += size
-        self.peak = max(self.peak, self.live)
+        self.peaks[-1] = max(self.peaks[-1], self.live)
 
 
 def peak_memory(device):
@@ -145,13 +133,13 @@ def free_memory(device):
     container, of a Slurm job) that it is in."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if not Path("/proc/meminfo").exists():  # macOS
+    if sys.platform == "darwin":
         free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
     else:
         free = [1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])]
         group = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text().split(":")[-1].strip().lstrip("/"))
-        for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # not version 2 of control groups, or "max"
-                used = re.search(r"anon (\d+)", (folder / "memory.stat").read_text())[1]  # files can be dropped
-                free.append(int((folder / "memory.max").read_text()) - int(used))
+        for limit in [folder / "memory.max" for folder in (group, *group.parents)]:
+            if limit.exists() and limit.read_text() != "max\n":
+                used = re.search(r"anon (\d+)", limit.with_name("memory.stat").read_text())[1]  # files can be dropped
+                free.append(int(limit.read_text()) - int(used))
     return min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -1,6 +1,5 @@
 """The 3D U-Net of Video Diffusion Models (Ho et al. 2022, arXiv 2204.03458) with an exchangeable temporal layer:
-bidirectional S4D (arXiv 2403.07711), what it is compared with (attention, linear attention, GSS, BiGS, Mamba, LSTM), or
-none.
+bidirectional S4D (arXiv 2403.07711), attention, linear attention, GSS, BiGS, Mamba, LSTM, or none.
 
     net = UNet3D(UNetConfig(temporal="ssm"))
     eps = net(torch.randn(2, 3, 16, 32, 32), torch.tensor([0, 255]))     # (b, c, f, h, w), (b,) -> (b, c, f, h, w)
@@ -22,8 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from s4d import (S6, DiagonalSSM, TemporalSSM, at_least_float32, autocast_off, by_positions, by_rows, check_frames,
-                 checkpointed, chunk_size, in_chunks, layer_norm)
+from s4d import (S6, DiagonalSSM, TemporalSSM, at_least_float32, by_positions, by_rows, check_frames, checkpointed,
+                 chunk_size, in_chunks, layer_norm)
 
 TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "gss", "mamba", "lstm", "none")
 CAUSAL_LAYERS = ("ssm", "gss")  # whose past is a state of fixed size
@@ -33,7 +32,7 @@ MAX_SEQUENCES = 2 ** 15  # per call of attention: its fused CUDA kernels fail be
 MAX_LOGITS = 2 ** 29  # of temporal attention at once: the gradient of its bias exists for each of them
 
 
-@dataclass
+@dataclass(unsafe_hash=True)  # so that functools.cache takes it; nothing changes after __post_init__
 class UNetConfig:
     """Every architecture setting. The defaults are those of the paper's Table 5. Raises ValueError."""
     temporal: str = "ssm"               # one of TEMPORAL_LAYERS
@@ -74,7 +73,6 @@ class UNet3D(nn.Module):
     """The denoising network ε_θ(x_t, t).
 
     config: UNetConfig. grad_checkpoint: recompute every block in the backward pass instead of keeping its activations.
-
     forward: x (b, c, f, h, w) float, t (b,) int -> (b, c, f, h, w). Any f >= 1; h and w divisible by 2^(levels - 1).
         labels (b,) int, 0 .. classes: of a network with classes; None: of no class.
     Raises ValueError for other shapes.
@@ -142,13 +140,11 @@ class UNet3D(nn.Module):
         if x.dim() != 5 or x.shape[1] != channels or 0 in x.shape or x.shape[3] % factor or x.shape[4] % factor:
             raise ValueError(f"video has shape {tuple(x.shape)}; expected (batch, {channels}, frames, height, width), "
                              f"height and width divisible by {factor}")
-        if labels is not None and self.class_embedding is None:
-            raise ValueError("labels were given; this network has no classes")
-        if t.shape not in (x.shape[:1], (x.shape[0], x.shape[2])):
-            raise ValueError(f"t has shape {tuple(t.shape)}; expected ({x.shape[0]},), one per video, or "
-                             f"({x.shape[0]}, {x.shape[2]}), one per frame")
-        if labels is not None and labels.shape != x.shape[:1]:
-            raise ValueError(f"labels has shape {tuple(labels.shape)}; expected ({x.shape[0]},), one per video")
+        b, f = x.shape[0], x.shape[2]
+        if t.shape not in ((b,), (b, f)):
+            raise ValueError(f"t has shape {tuple(t.shape)}; expected ({b},), or ({b}, {f}), one per frame")
+        if labels is not None and (self.class_embedding is None or labels.shape != (b,)):
+            raise ValueError(f"labels have shape {tuple(labels.shape)}; expected ({b},), of a network with classes")
 
 
 class Level(nn.Module):
@@ -181,10 +177,7 @@ def sinusoidal_embedding(t, dim):
 
 def compile_tails(backend="inductor"):
     """Compile the functions that hold the elementwise work of all networks; once per process, before their first step.
-
-    (Whole networks would take many minutes.) One that does not compile, or has over 256 shapes, raises torch._dynamo's
-    error instead of falling back to eager execution.
-    """
+    (Whole networks would take many minutes.) What does not compile, or has over 256 shapes, raises an error."""
     import torch._dynamo.config as dynamo
     dynamo.cache_size_limit = 256  # an alias of later names; beyond it, fullgraph raises
     dynamo.optimize_ddp = False  # it would cut the functions into pieces, and PyTorch 2.5 would fail
@@ -232,10 +225,9 @@ class Block(nn.Module):
         return self.norm_act(y.flatten(0, 1)[:, None], scale, shift).view(y.shape)
 
     def norm_act(self, x, scale, shift):
-        """SiLU(GroupNorm(x) (scale + 1) + shift); x (b, f, h, w, c), scale and shift (b, 1 or f, c) or None -> like
-        x."""
+        """SiLU(GroupNorm(x) (scale + 1) + shift), like x: (b, f, h, w, c); scale, shift: (b, 1 or f, c), or None."""
         group_norm = native_group_norm if x.device.type == "cpu" else framewise_group_norm
-        with autocast_off(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             return F.silu(group_norm(x, self.norm, scale, shift).to(x.dtype))
 
 
@@ -314,7 +306,7 @@ class SpatialLinearAttention(SpatialAttention):
 
 def linear_attention(q, k, v):
     """softmax of q over its features, of k over the sequence; q, k, v: (..., n, d) -> (..., n, d)."""
-    with autocast_off(q.device):
+    with torch.autocast(q.device.type, enabled=False):
         q, k = q.softmax(-1) * q.shape[-1] ** -0.5, k.softmax(-2)
     return q @ (k.mT @ v)
 
@@ -345,8 +337,7 @@ class TemporalAttention(Attention):
 
     head_dim: even. forward: X (b, f, ..., c), bias (heads, f, f) -> the shape of X.
     impl: "sdpa", some positions at a time, recomputed in the backward pass, by PyTorch's fused attention, or by the
-        formula where no fused kernel gives the bias a gradient: but for the bias, memory is linear in the frames, in
-        training too. (The kernel alone would not do: the bias has a gradient for every logit treated at once.)
+        formula where no fused kernel gives the bias a gradient: but for the bias, memory is linear in the frames.
         "math", the formula with all logits kept: the memory that the paper reports, quadratic in the frames.
     """
 
@@ -444,7 +435,7 @@ class TemporalLSTM(nn.Module):
 
     def recur(self, x):
         """x: (p, f, c) -> (p, f, c); the recurrence itself in the precision of its weights."""
-        with autocast_off(x.device):
+        with torch.autocast(x.device.type, enabled=False):
             H = layer_norm(x, self.norm.weight).to(self.lstm.weight_hh_l0.dtype)
             states = self.lstm(H)[0]                                                        # p f hidden
         return self.out(F.gelu(states.to(x.dtype)))
@@ -526,8 +517,4 @@ class TemporalMamba(nn.Module):
 
 def short_conv(u, conv, reverse):
     """y_k = Σ_j w_j u_{k-3+j}, or backward in time, Σ_j w_j u_{k+3-j}; conv: Conv1d, u: (b, f, ..., c)."""
-    x = u.flip(1) if reverse else u
-    x = x.reshape(*u.shape[:2], -1, u.shape[-1]).permute(0, 2, 3, 1).flatten(0, 1)               # b·p c f
-    y = conv(F.pad(x, (conv.kernel_size[0] - 1, 0)))
-    y = y.unflatten(0, (u.shape[0], -1)).permute(0, 3, 1, 2).reshape(u.shape)
-    return y.flip(1) if reverse else y
+    return by_positions(lambda x: conv(F.pad(x.mT, (conv.kernel_size[0] - 1, 0))).mT, u, None, reverse)  # x: p f c

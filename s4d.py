@@ -47,7 +47,6 @@ class TemporalSSM(nn.Module):
     mlp_position:  "post", on U as above, or "pre", on H before both directions.
     bidirectional: False leaves the backward SSM out, and the layer is causal.
     skip:          "input", X, or "norm", H.
-
     forward: X (b, f, ..., channels) -> the same shape, for every frame count f >= 1, whatever it was trained on.
     Raises ValueError for settings other than these, and for X of another shape.
     """
@@ -55,10 +54,9 @@ class TemporalSSM(nn.Module):
     def __init__(self, channels, state_size=512, mlp_dim=512, mlp_layers=2, mlp_position="post", bidirectional=True,
                  skip="input"):
         super().__init__()
-        for name, value, choices in [("mlp_layers", mlp_layers, (0, 1, 2)), ("skip", skip, ("input", "norm")),
-                                     ("mlp_position", mlp_position, ("post", "pre"))]:
-            if value not in choices:
-                raise ValueError(f"{name} is {value!r}; expected one of {choices}")
+        if mlp_layers not in (0, 1, 2) or mlp_position not in ("post", "pre") or skip not in ("input", "norm"):
+            raise ValueError(f"mlp_layers {mlp_layers!r}, mlp_position {mlp_position!r}, skip {skip!r}; expected 0 to "
+                             "2, 'post' or 'pre', 'input' or 'norm'")
         self.mlp_position, self.skip = mlp_position, skip
         self.norm = nn.LayerNorm(channels, bias=False)
         reverses = [False, True] if bidirectional else [False]
@@ -88,14 +86,13 @@ class TemporalSSM(nn.Module):
 
 def check_frames(X, norm):
     """Raises ValueError unless X is (batch, frames, ..., channels), with at least one frame, as the layer wants it."""
-    [channels] = norm.normalized_shape
-    if X.dim() < 3 or X.shape[-1] != channels or X.shape[1] == 0:
-        raise ValueError(f"input has shape {tuple(X.shape)}; expected (batch, frames >= 1, ..., {channels})")
+    if X.dim() < 3 or X.shape[-1:] != norm.weight.shape or X.shape[1] == 0:
+        raise ValueError(f"input has shape {tuple(X.shape)}; expected (batch, frames >= 1, ..., {len(norm.weight)})")
 
 
 def layer_norm(x, gain):
     """LayerNorm in x's dtype (its sums are float32): under autocast it would make a float32 copy of x and keep it."""
-    with autocast_off(x.device):
+    with torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x, gain.shape, gain.to(x.dtype))
 
 
@@ -104,26 +101,16 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def autocast_off(device):
-    """A context in which float32 stays float32."""
-    return torch.autocast(device.type, enabled=False)
-
-
-# ---------------------------------------------------------------------------------------- some rows at a time
-
-
 def chunk_size(device):
     """Rows (one position of one frame) that `in_chunks` should take at once: as a CPU's cache holds, or fill a GPU."""
     return 2 ** 12 if device.type == "cpu" else 2 ** 19
 
 
 def in_chunks(function, *tensors, size):
-    """function(*tensors), computed for `size` entries of the first axis at a time; it must treat each of them alone.
-
+    """function(*tensors), for `size` entries of the first axis at a time, each of which it must treat alone.
     All chunks, on a CPU all but the first, are `checkpointed`: a hidden layer much wider than the input never exists
     whole, and memory grows evenly with the frames. (The first costs a CPU little memory, and saves short clips time.)
-    A graph that is captured whole (torch.export) has all entries at once: it is for any number of them.
-    """
+    A graph that is captured whole (torch.export) has all entries at once: it is for any number of them."""
     if torch.compiler.is_compiling():
         return function(*tensors)
     kept = 1 if tensors[0].device.type == "cpu" else 0
@@ -148,12 +135,14 @@ def by_rows(function, *tensors):
     return out.view(*tensors[0].shape[:-1], -1)
 
 
-def by_positions(function, X, size):
+def by_positions(function, X, size, reverse=False):
     """X (b, f, ..., c) -> the same shape, by a function (p, f, c) -> (p, f, c) in which each position stands alone, in
-    chunks of `size` positions (None: all at once)."""
+    chunks of `size` positions (None: all at once); with `reverse` it goes through the frames backward."""
+    X = X.flip(1) if reverse else X
     sequences = X.reshape(*X.shape[:2], -1, X.shape[-1]).transpose(1, 2).flatten(0, 1)      # p f c
     out = in_chunks(function, sequences, size=size) if size else function(sequences)
-    return out.unflatten(0, (X.shape[0], -1)).transpose(1, 2).reshape(X.shape)
+    out = out.unflatten(0, (X.shape[0], -1)).transpose(1, 2).reshape(X.shape)
+    return out.flip(1) if reverse else out
 
 
 # ---------------------------------------------------------------------------------------- S4D
@@ -180,7 +169,7 @@ class S4DKernel(nn.Module):
     def forward(self, L, *others):
         """L: length in frames -> K (d, L), float32 under autocast too (float64 for float64 parameters); below it that
         of the `others`, of the same state size: together they take no more operations than one."""
-        with autocast_off(self.C.device):
+        with torch.autocast(self.C.device.type, enabled=False):
             dtA, CB = self.discretised(*others)
             # With l = a·S + b, exp(ΔA l) = exp(ΔA S)^a · exp(ΔA)^b: two thin factors and a matmul over n, so that
             # the Vandermonde tensor exp(ΔA l), (d, n, L), never exists.
@@ -247,16 +236,14 @@ def convolve(u, ssms):
     """K * u + D u of the same u (b, L, ..., d), for each of `ssms` -> list of tensors of u's shape."""
     if ssms[0].past is not None:
         return [ssm.past.step(u) for ssm in ssms]
-    K = ssms[0].impulse_response(u.shape[1], *ssms[1:])                                     # k d L
-    videos = u.reshape(*u.shape[:2], -1, u.shape[-1])                                       # b L p d
-    by = toeplitz_conv if toeplitz_pays(*videos.shape[1:], u.device) else fft_conv
-    return [y.reshape(u.shape) for y in by(videos, K, [ssm.reverse for ssm in ssms])]
-
-
-def toeplitz_pays(L, positions, d, device):
-    """Whether the Toeplitz matrix is faster than the FFT: on a GPU, whose matrix units make it cheap, while its d·L²
-    entries fit; on a CPU if frames are no more than positions. Not by the batch: a video must not depend on others."""
-    return L <= min(1024, positions if device.type == "cpu" else math.isqrt(2 ** 27 // d))
+    videos = u.reshape(*u.shape[:2], -1, u.shape[-1])
+    _, L, p, d = videos.shape
+    K = ssms[0].impulse_response(L, *ssms[1:])                                              # k d L
+    # Toeplitz matrices, of d·L² entries, are faster than the FFT on a GPU while they fit, and on a CPU if frames are no
+    # more than positions. The batch has no say: a video must not depend on others.
+    longest = min(1024, p if u.device.type == "cpu" else math.isqrt(2 ** 27 // d))
+    convolution = toeplitz_conv if L <= longest else fft_conv
+    return [y.reshape(u.shape) for y in convolution(videos, K, [ssm.reverse for ssm in ssms])]
 
 
 @contextlib.contextmanager
@@ -265,9 +252,8 @@ def cached_kernels(net, L):
     Re-enter it after an optimiser step. Where gradients of the parameters are asked for, the kernels are not used."""
     ssms = [module for module in net.modules() if isinstance(module, DiagonalSSM)]
     try:
-        with torch.no_grad():
-            for ssm in ssms:
-                [ssm.kept] = ssm.impulse_response(L)
+        for ssm in ssms:
+            [ssm.kept] = ssm.impulse_response(L).detach()
         yield
     finally:
         for ssm in ssms:
@@ -289,9 +275,8 @@ def streaming(net, window=None):
     if not ssms or any(ssm.reverse for ssm in ssms):
         raise ValueError("streaming takes a network with SSMs, all of them forward in time")
     try:
-        with torch.no_grad():
-            for ssm in ssms:
-                ssm.past = Past(ssm, window)
+        for ssm in ssms:
+            ssm.past = Past(ssm, window)
         yield lambda: [ssm.past.advance() for ssm in ssms]
     finally:
         for ssm in ssms:
@@ -305,11 +290,13 @@ class Past:
         s_k = Ā s_{k-1} + u_k;  with a window of W frames, - Ā^W u_{k-W}                      s_k: b 1 ... d n
     """
 
+    @torch.no_grad()
     def __init__(self, ssm, window):
         dtA, CB = ssm.kernel.discretised()                                                  # d n
         self.A_bar, self.A_bar_W, self.CBA = dtA.exp(), (dtA * (window or 0)).exp(), CB * dtA.exp()
         self.K_0 = CB.real.sum(-1) + at_least_float32(ssm.D)                                # d
-        self.s, self.p, self.window, self.inputs = 0, 0, window, collections.deque()
+        self.s, self.p = 0, 0
+        self.inputs = collections.deque([torch.zeros_like(self.K_0)] * (window or 0))  # the last ones, of a window
 
     def step(self, u):
         if u.shape[1] != 1:
@@ -320,10 +307,9 @@ class Past:
     @torch.no_grad()
     def advance(self):
         self.s = self.A_bar * self.s + self.u[..., None]
-        if self.window:
+        if self.inputs:
             self.inputs.append(self.u)
-            if len(self.inputs) > self.window:
-                self.s -= self.A_bar_W * self.inputs.popleft()[..., None]
+            self.s -= self.A_bar_W * self.inputs.popleft()[..., None]
         self.p = torch.einsum("...dn,dn->...d", self.s, self.CBA).real
 
 
@@ -337,31 +323,16 @@ def toeplitz_conv(u, K, reverse):
                         for K_i, backward in zip(K, reverse)], 1)                           # d k 2L-1: -(L-1) .. L-1
     # to u's dtype last: the gradient of K, a sum of L terms, stays float32
     T = lags.unfold(-1, L, 1).flip(-1).to(u.dtype).flatten(1, 2)                            # d k·L L: lag i-j at i, j
-    u = Transpose.apply(u.transpose(0, 1).reshape(-1, d)).view(d, L, -1)                    # d L b·p
-    y = Transpose.apply(torch.bmm(T, u).view(d, -1)).view(-1, L, b, p, d)                   # k L b p d
+    u = transposed(u.transpose(0, 1).reshape(-1, d)).view(d, L, -1)                         # d L b·p
+    y = transposed(torch.bmm(T, u).view(d, -1)).view(-1, L, b, p, d)                        # k L b p d
     return y.transpose(1, 2).contiguous()
 
 
-class Transpose(torch.autograd.Function):
+def transposed(x):
     """A matrix, and in the backward pass its gradient, transposed in memory: strides alone would cost much more."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x.T.contiguous()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass  # a linear function needs nothing of its input
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Transpose.apply(grad)
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return Transpose.apply(tangent)
+    if x.requires_grad:
+        x.register_hook(lambda grad: grad if grad is None else grad.contiguous())
+    return x.T.contiguous()
 
 
 def fft_conv(u, K, reverse):
@@ -372,19 +343,39 @@ def fft_conv(u, K, reverse):
     b, L, p, d = u.shape
     # no prime factor above 5, at which FFT libraries are slow: a power of 30 is a multiple of exactly those lengths
     n = next(n for n in range(2 * L - 1, 4 * L) if 30 ** 64 % n == 0)
-    with autocast_off(u.device):
-        u_by_frames = Transpose.apply(at_least_float32(u).transpose(0, 1).reshape(L, -1)).view(b, p, d, L)
+    with torch.autocast(u.device.type, enabled=False):
+        u_by_frames = transposed(at_least_float32(u).transpose(0, 1).reshape(L, -1)).view(b, p, d, L)
         U = torch.fft.rfft(u_by_frames, n)                                                  # b p d n/2+1
         ys = []
         for spectrum, backward in zip(torch.fft.rfft(K, n), reverse):                       # d n/2+1
             # a kernel reversed in time has the conjugate spectrum
             y = torch.fft.irfft(U * (spectrum.conj() if backward else spectrum), n)         # b p d n
-            y = Transpose.apply(y[..., :L].reshape(-1, L)).view(L, b, p, d)
+            y = transposed(y[..., :L].reshape(-1, L)).view(L, b, p, d)
             ys.append(y.transpose(0, 1).to(u.dtype))                                        # b L p d
     return ys
 
 
 # ---------------------------------------------------------------------------------------- the selective SSM
+
+
+class Recurrence(torch.autograd.Function):
+    """h_k = a_k h_{k-1} + b_k, with h_{-1} = 0, along the frames; a, b, h: (p, L, ...). A loop in place: the many small
+    tensors of a loop of autograd's own operations would take twice the memory, in a fragmented heap."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        h = b.clone()
+        for k in range(1, h.shape[1]):
+            h[:, k].addcmul_(a[:, k], h[:, k - 1])
+        ctx.save_for_backward(a, h)
+        return h
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, h = ctx.saved_tensors
+        # the same recurrence, backward in time: g_k = a_{k+1} g_{k+1} + grad_k
+        g = Recurrence.apply(a.roll(-1, 1).flip(1), grad.flip(1)).flip(1)
+        return torch.cat([torch.zeros_like(g[:, :1]), g[:, 1:] * h[:, :-1]], 1), g
 
 
 class S6(nn.Module):
@@ -398,6 +389,7 @@ class S6(nn.Module):
     loop over the frames, in chunks: the states of all positions, N times u, never exist at once.
     """
     has_kernel = importlib.util.find_spec("mamba_ssm") is not None
+    recurrence = Recurrence.apply
 
     def __init__(self, d, state_size=16, dt_rank=1, reverse=False, dt_min=1e-3, dt_max=1e-1):
         super().__init__()
@@ -406,30 +398,26 @@ class S6(nn.Module):
         self.dt_proj = nn.Linear(dt_rank, d)
         self.A_log = nn.Parameter(torch.log(torch.arange(1, state_size + 1).float()).repeat(d, 1))
         self.D = nn.Parameter(torch.ones(d))
-        with torch.no_grad():
-            self.dt_proj.weight.uniform_(-dt_rank ** -0.5, dt_rank ** -0.5)
-            dt = torch.exp(torch.rand(d) * math.log(dt_max / dt_min) + math.log(dt_min))
-            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+        nn.init.uniform_(self.dt_proj.weight, -dt_rank ** -0.5, dt_rank ** -0.5)
+        dt = torch.exp(torch.rand(d) * math.log(dt_max / dt_min) + math.log(dt_min))
+        self.dt_proj.bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
 
     def forward(self, u):
-        u = u.flip(1) if self.reverse else u
-        fused = self.has_kernel and u.is_cuda
+        if self.has_kernel and u.is_cuda:
+            return by_positions(self.fused, u, None, self.reverse)
         numbers = 2 ** 19 if u.device.type == "cpu" else 2 ** 27  # in the states that exist at once
-        size = None if fused else max(1, numbers // (self.A_log.numel() * u.shape[1]))
-        y = by_positions(self.fused if fused else self.scan, u, size)
-        return y.flip(1) if self.reverse else y
+        return by_positions(self.scan, u, max(1, numbers // (self.A_log.numel() * u.shape[1])), self.reverse)
 
     def scan(self, u):
         """u: (p, L, d) -> (p, L, d)."""
-        with autocast_off(u.device):
-            U, A_log, D = map(at_least_float32, (u.transpose(0, 1).contiguous(), self.A_log, self.D))  # U: L p d
-            dt, B, C = self.x_proj(U.to(self.x_proj.weight.dtype)).split(self.sizes, -1)    # L p rank, L p N, L p N
+        with torch.autocast(u.device.type, enabled=False):
+            U, A_log, D = map(at_least_float32, (u, self.A_log, self.D))
+            dt, B, C = self.x_proj(U.to(self.x_proj.weight.dtype)).split(self.sizes, -1)    # p L rank, p L N, p L N
             dt, B, C = map(at_least_float32, (self.dt_proj(dt), B, C))
-            dt = F.softplus(dt)                                                             # L p d
-            A = -torch.exp(A_log.T[:, None])                                                # N 1 d
-            h = Recurrence.apply((dt[:, None] * A).exp(), (dt * U)[:, None] * B.mT[..., None])     # L N p d
-            y = (h * C.mT[..., None]).sum(1) + D * U                                        # L p d
-        return y.transpose(0, 1).to(u.dtype)
+            dt = F.softplus(dt)                                                             # p L d
+            A = -torch.exp(A_log.T)                                                         # N d
+            h = self.recurrence((dt[:, :, None] * A).exp(), (dt * U)[:, :, None] * B[..., None])    # p L N d
+            return ((h * C[..., None]).sum(2) + D * U).to(u.dtype)
 
     def fused(self, u):
         """`scan` by the kernel of mamba-ssm, whose tensors have frames last."""
@@ -437,28 +425,3 @@ class S6(nn.Module):
         dt, B, C = self.x_proj(u).split(self.sizes, -1)                                     # p L rank, p L N, p L N
         u, dt, B, C = (x.to(u.dtype).mT.contiguous() for x in (u, self.dt_proj(dt), B, C))  # p d L, p d L, p N L, p N L
         return selective_scan_fn(u, dt, -torch.exp(self.A_log.float()), B, C, self.D.float(), delta_softplus=True).mT
-
-
-class Recurrence(torch.autograd.Function):
-    """h_k = a_k h_{k-1} + b_k, with h_{-1} = 0, along the first axis; a, b, h: (L, ...).
-
-    A loop over the frames, in place: on a CPU it takes half the time of a loop of autograd's own operations, and a
-    tenth of that of a parallel scan, which writes all frames in each of its log2(L) steps.
-    """
-
-    @staticmethod
-    def forward(ctx, a, b):
-        h = b.clone()
-        for k in range(1, len(h)):
-            h[k].addcmul_(a[k], h[k - 1])
-        ctx.save_for_backward(a, h)
-        return h
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        a, h = ctx.saved_tensors
-        grad_b = grad.clone()
-        for k in reversed(range(len(h) - 1)):
-            grad_b[k].addcmul_(a[k + 1], grad_b[k + 1])
-        return torch.cat([torch.zeros_like(h[:1]), grad_b[1:] * h[:-1]]), grad_b
