@@ -35,7 +35,6 @@ import os
 import re
 import signal
 import tempfile
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +160,7 @@ def in_processes(function, items, workers):
         pipe = receiver, sender = multiprocessing.Pipe(duplex=False)
         process = multiprocessing.Process(target=work, args=(function, items[first::workers], *pipe), daemon=True)
         process.start()
-        weakref.finalize(receiver, process.kill)  # at its exit Python would wait for one that is frozen
+        multiprocessing.util.Finalize(receiver, process.kill, exitpriority=0)  # Python's exit waits for frozen ones
         sender.close()
         receivers.append(receiver)
     for item, receiver in zip(items, itertools.cycle(receivers)):
@@ -475,8 +474,8 @@ def read_film(path, size):
                 width = frame.width * (stream.sample_aspect_ratio or 1)  # pixels need not be square
                 scale = 1 if alpha else min(1, 2 * size / min(width, frame.height))
                 width, height = round(width * scale), round(frame.height * scale)
-                pixels = frame.reformat(width, height, "rgba" if alpha else "rgb24", interpolation="AREA").to_ndarray()
-                image = Image.fromarray(upright(pixels, frame.side_data.get("DISPLAYMATRIX")))
+                frame = frame.reformat(width, height, "rgba" if alpha else "rgb24", interpolation="AREA", threads=1)
+                image = Image.fromarray(upright(frame.to_ndarray(), frame.side_data.get("DISPLAYMATRIX")))
                 image.info["duration"] = float(1000 / (stream.average_rate or math.inf))
                 yield image
 
