@@ -455,9 +455,9 @@ PRESETS = {  # Table 5, a row per column; what all of them share are the default
                   heads=None, time_dim=None, ema_decay=0.9999)
        for name in ("minerl-256", "gqn-mazes-256", "carla-256")},
     # not the paper's: the quick start, sized for a laptop CPU
-    "tiny": dict(frames=16, size=16, diffusion_steps=256, lr=1e-3, batch_size=8, steps=560, base_channels=24,
-                 channel_mults=(1, 2, 4), time_dim=128, heads=2, head_dim=32, state_size=64, mlp_dim=64, ema_start=100,
-                 ema_every=5, ema_decay=0.9, log_every=25, eval_every=50, save_every=50),
+    "tiny": dict(frames=16, size=16, diffusion_steps=256, prediction="v", lr=1e-3, batch_size=8, steps=560,
+                 base_channels=24, channel_mults=(1, 2, 4), time_dim=128, heads=2, head_dim=32, state_size=64,
+                 mlp_dim=64, ema_start=100, ema_every=5, ema_decay=0.9, log_every=25, eval_every=50, save_every=50),
 }
 
 
