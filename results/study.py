@@ -53,8 +53,8 @@ LAYERS = {"ssm": ["--temporal", "ssm"],
           "mamba-unidirectional": ["--temporal", "mamba", "--unidirectional"]}
 PAIRS = [(name, "ssm") for name in LAYERS if name != "ssm"] + [("mamba-unidirectional", "mamba")]
 NETWORK = ("--preset tiny --prediction eps --size 8 --frames 16 --base-channels 16 --channel-mults 1 2 --batch-size 4 "
-           "--ema-decay 0.98 --precision float32 --workers 0 --grad-accum 1 --grid-samples 0 --eval-clips 64 --eval-every 250 "
-           "--save-every 250").split()
+           "--ema-decay 0.98 --precision float32 --workers 0 --grad-accum 1 --grid-samples 0 --eval-clips 64 "
+           "--eval-every 250 --save-every 250").split()
 MAZES = 512
 PLACES = {"first 2": slice(0, 2), "others": slice(2, -2), "last 2": slice(-2, None)}  # frames of a clip
 
