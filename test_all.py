@@ -833,7 +833,7 @@ def test_a_signal_to_the_whole_process_group_loses_nothing(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
-def test_a_stop_while_samples_are_drawn_leaves_them_out(trained, tmp_path, monkeypatch):
+def test_a_stop_while_samples_are_drawn_leaves_them_out(tmp_path, monkeypatch):
     taken = []
 
     def sampled(self, net, shape, generators, progress, **sampler):
