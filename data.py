@@ -171,6 +171,7 @@ def in_processes(function, items, workers):
 
 
 def work(function, items, receiver, sender):
+    torch.set_num_threads(1)  # a forked process lacks the main process's threads, and would wait for them
     receiver.close()  # the main process's end, of which a forked process has a copy
     # Ctrl-C goes to every process of a terminal; what it means is the main process's to decide.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
