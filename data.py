@@ -330,8 +330,11 @@ def write_packed(out, about, count, videos):
     if out.exists():
         print(f"{out} is there already, made by this same command; delete it to make it again")
         return index
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)  # two runs may pack the same videos
+    try:  # a folder with a name of its own: two runs may pack the same videos at once
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
+    except OSError as error:
+        raise OSError(f"{out} cannot be written: {error.strerror}") from None
     with folder, open(Path(folder.name, out.name), "wb") as file:
         header = {"descr": "|u1", "fortran_order": False, "shape": (0, size, size, 3)}
         np.lib.format.write_array_header_1_0(file, header)  # leaves room for what the first axis will be

