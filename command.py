@@ -40,7 +40,7 @@ def run(name, main, *told):
         known = "out of memory|can't allocate memory|bad_alloc|ALLOC_FAILED|not create a primitive"
         if isinstance(error, RuntimeError) and not re.search(known, str(error)):
             raise
-        message = f"out of memory ({gist(error)}); try a smaller --batch-size, or of train.py a larger --grad-accum"
+        message = f"out of memory ({gist(error)}); try a smaller --batch-size or, with train.py, a larger --grad-accum"
     sys.exit(f"{name}: {' '.join(message.splitlines())}")  # file names may have several lines
 
 

@@ -94,6 +94,8 @@ class PackedVideos:
         chosen = [video for video in self.all_videos if split in (video["split"], "all")]
         self.videos = [video for video in chosen if video["length"] >= frames]
         self.num_too_short = len(chosen) - len(self.videos)
+        if not chosen:
+            raise DataError(f"--split {split}: {path} has only videos of {' and '.join(self.splits)}")
         if not self.videos:
             longest = max([video["length"] for video in chosen], default=0)
             raise DataError(f"--frames {frames}: the longest video in {path} has {longest} frames (split {split!r} of "
@@ -326,7 +328,7 @@ def write_packed(out, about, count, videos):
         raise DataError(f"--out {out}: expected a name that ends in .npy")
     index, size, entries, skipped, total = read_json(index_path), about["size"], [], [], 0
     if (out.exists() or index_path.exists()) and not about.items() <= index.items():
-        raise DataError(f"--out {out}: it or {index_path.name} is there, of other videos or flags; move both away")
+        raise DataError(f"--out: {out} or {index_path.name} was made from other videos or flags; move both away")
     if out.exists():
         print(f"{out} is there already, made by this same command; delete it to make it again")
         return index
@@ -388,7 +390,8 @@ def find_videos(source):
         raise DataError(f"{source} holds no videos; expected {' '.join(sorted(VIDEO_FILES))}, or folders of pictures")
     # UCF101's lists of split 01 have lines such as "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1".
     official = {Path(line.split()[0]).stem: split for split in ("train", "test")
-                for folder in (source, source.resolve().parent) for file in folder.glob(f"*/{split}list01.txt")
+                for folder in (source, source.resolve().parent)
+                for file in (*folder.glob(f"{split}list01.txt"), *folder.glob(f"ucfTrainTestlist/{split}list01.txt"))
                 for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()}
     found = []
     for path in paths:

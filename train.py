@@ -74,7 +74,7 @@ def train(args):
     diffusion = Diffusion(args.diffusion_steps, device, args.prediction)
 
     # ---- data, run folder, resume: all that is wrong with them shows here, before any training
-    i3d = fvd.load_i3d(args.i3d, device) if args.fvd_every else None
+    i3d = fvd.load_i3d(args.i3d, device) if args.fvd_every and not args.dry_run else None
     videos, held_out, about_data = rank_zero_first(functools.partial(open_data, args))
     about_memory = fit_memory(args, net.config, device)  # chooses args.grad_accum and args.grad_checkpoint
     rank_zero_print(about_data, about_memory, sep="\n")
@@ -300,12 +300,12 @@ def until_stopped(loader, stop, count):
         try:
             stop.waiting = True
             batch = None if stop else next(loader)
+            stop.waiting = False
         except (KeyboardInterrupt, DataError):
             stop.waiting = False
             time.sleep(0.2)  # of a signal to the whole process group a worker may have died before this process gets it
             if not stop:
                 raise
-        stop.waiting = False
         if any_process(batch is None):
             return
         yield batch
@@ -511,8 +511,8 @@ FLAGS = {
         "precision": ("auto", "bf16 autocast or float32; auto: bf16 if native", ("auto", "bf16", "float32")),
         "compile": (False, "torch.compile the elementwise work, for GPUs"),
         "deterministic": (False, "the same bits on a GPU, too (see README.md); slower"),
-        "grad_accum": (None, "micro-batches per step of each process (as memory asks)", positive_int),
-        "grad_checkpoint": (False, "recompute blocks in the backward pass (if memory asks)"),
+        "grad_accum": (None, "micro-batches per step of each process (chosen to fit in memory)", positive_int),
+        "grad_checkpoint": (False, "recompute blocks in the backward pass (if a step does not fit otherwise)"),
         "memory_gb": (None, "what a process may take (what is free)", positive_float)},
     "output": {
         "out": (None, "folder of the run (out/PRESET-TEMPORAL, and the network's flags)", Path),

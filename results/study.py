@@ -120,16 +120,18 @@ def measure_network(ckpt, count, steps):
     """-> {"frames": held-out loss by quartile of t and frame, "unexplained": of `count` samples by frame}, samples."""
     net, config = load_network(ckpt), ckpt["config"]
     shape = 3, config["frames"], config["size"], config["size"]
-    diffusion, videos = Diffusion(config["diffusion_steps"]), MazeVideos(*shape[1:3], "test")
+    diffusion = Diffusion(config["diffusion_steps"], prediction=config["prediction"])
+    videos = MazeVideos(*shape[1:3], "test")
     settings = {"steps": min(steps, diffusion.T), "eta": 1}
     losses, samples = torch.zeros(4, shape[1]), []
     with cached_kernels(net, shape[1]):
-        for i in range(config["eval_clips"]):  # the clips, timesteps and noise of train.held_out_loss
+        for i in range(config["eval_clips"]):  # as in train.held_out_loss, but always one t for all frames
             x_0 = to_float(torch.from_numpy(videos.clip(i)))[None]
             for quartile in range(4):
                 t, noise = training_noise(x_0.shape[1:], "held-out", quartile, [i], diffusion.T)
                 t = (quartile * diffusion.T + t) // 4
-                error = net(diffusion.q_sample(x_0, t, noise), t) - noise
+                target = noise if diffusion.prediction == "eps" else diffusion.v(x_0, t, noise)
+                error = net(diffusion.q_sample(x_0, t, noise), t) - target
                 losses[quartile] += error.square().mean((0, 1, 3, 4)) / config["eval_clips"]
         for first in tqdm(range(0, count, 16), f"{count} samples", unit_scale=16):
             generators = sample_generators(config["seed"], range(first, min(first + 16, count)), "cpu")
