@@ -9,21 +9,19 @@
         x = to_float(clips)                                # (64, 3, 16, 32, 32), in [-1, 1]
 
 Glossary
-
     video    uint8 (frames, height, width, 3), RGB, 0..255. That is a video's shape everywhere outside the network;
              inside it is float32 (b, c, f, h, w) in [-1, 1]. `to_float` and `to_uint8` are the only two ways across.
     clip     `frames` consecutive frames of one video, a window of it: what the network is trained on
     key      non-negative integers that name a clip, such as (seed, step, sample index). A clip is a function of its
              key alone, so neither the number of processes, nor of workers, nor a restart changes what is trained on.
     label    what a video shows, in words: the name of its class folder, a maze's main colour; None if it has none
-    split    "train" or "test", by UCF101's official lists or the name of a folder above; "all" is both
+    split    "train" or "test", by UCF101's official lists, a folder's name or --test-fraction; "all" is both
     packed   name.npy: the frames of all videos, one after another, uint8 (total, size, size, 3);
              name.json, its index: {"size", "stride", ..., "videos": [{"name", "start", "length", "label", "split"},
              ...], "skipped": [{"name", "reason"}, ...]}, where start and length count the frames in name.npy
 
 Needs torch, numpy and Pillow; PyAV (17 or later) to decode video files, tqdm to pack.
 """
-
 import contextlib
 import functools
 import hashlib
@@ -80,8 +78,8 @@ def open_videos(path, frames, size, split="train"):
 class PackedVideos:
     """Clips of packed videos, memory-mapped; every window of every video of the split is equally likely.
 
-    path: what `read_videos` takes. Attributes: splits, those that the file has; videos, the index entries of the
-    split's long enough videos; num_too_short; num_windows; stride, every how many frames one was packed (1 if unknown).
+    path: what `read_videos` takes. Attributes: index, the file's, {} if it has none; splits, those in it; videos, the
+    entries of the split's long enough videos; num_too_short; num_windows; stride, of what frames one was packed.
     Raises DataError if there are none, or of another size.
     """
 
@@ -94,13 +92,12 @@ class PackedVideos:
         chosen = [video for video in self.all_videos if split in (video["split"], "all")]
         self.videos = [video for video in chosen if video["length"] >= frames]
         self.num_too_short = len(chosen) - len(self.videos)
-        if not chosen:
-            raise DataError(f"--split {split}: {path} has only videos of {' and '.join(self.splits)}")
         if not self.videos:
             longest = max([video["length"] for video in chosen], default=0)
-            raise DataError(f"--frames {frames}: the longest video in {path} has {longest} frames (split {split!r} of "
-                            f"{' and '.join(self.splits)})")
-        self.stride = read_index(Path(self.pixels.filename)).get("stride", 1)
+            raise DataError(f"--frames {frames} --split {split}: the longest such video in {path}, which has "
+                            f"{' and '.join(self.splits)} videos, has {longest} frames")
+        self.index = read_index(Path(self.pixels.filename))
+        self.stride = self.index.get("stride", 1)
         windows = np.array([video["length"] - frames + 1 for video in self.videos])
         self.num_windows = int(windows.sum())
         self.first_windows = np.cumsum(windows) - windows  # of each video, counted over all of them
@@ -132,15 +129,15 @@ def random_generator(*key):
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((len(key), *key))))
 
 
-def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=False, with_labels=False):
+def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=False, with_labels=False, stop=()):
     """Endless iterator over the batches of steps first_step, first_step + 1, ...
 
     Each is a uint8 tensor (b, f, h, w, 3) whose row for sample index i at step s is videos.clip(seed, s, i); with
     labels it is (that tensor, the list of the b labels, each a str or None). `workers` processes read one batch ahead
-    each; 0: this one reads. Raises DataError if one dies.
+    each; 0: this one reads. Once `stop` is true, nothing is waited for any more. Raises DataError if a process dies.
     """
     make_batch, steps = functools.partial(batch_of_step, videos, sample_indices, seed), range(first_step, 2**62)
-    for clips, labels in in_processes(make_batch, steps, workers) if workers else map(make_batch, steps):
+    for clips, labels in in_processes(make_batch, steps, workers, stop) if workers else map(make_batch, steps):
         clips = torch.from_numpy(clips)
         clips = clips.pin_memory() if pin_memory else clips
         yield (clips, labels) if with_labels else clips
@@ -151,8 +148,9 @@ def batch_of_step(videos, sample_indices, seed, step):
     return np.stack(clips), list(labels)
 
 
-def in_processes(function, items, workers):
-    """Yield function(item) for each of a sequence of items, in order, computed by that many processes.
+def in_processes(function, items, workers, stop=()):
+    """Yield function(item) for each of a sequence of items, in order, computed by that many processes, until one is not
+    there yet and `stop` is true.
 
     The death of a worker, or of this process, closes the worker's own pipe: the other side notices at once, even in the
     middle of a result. (DataLoader's workers share a pipe, which then blocks.) Raises DataError if a worker dies.
@@ -166,6 +164,9 @@ def in_processes(function, items, workers):
         sender.close()
         receivers.append(receiver)
     for item, receiver in zip(items, itertools.cycle(receivers)):
+        while not receiver.poll(0.5):
+            if stop:
+                return
         try:
             yield receiver.recv()
         except (EOFError, OSError):
@@ -175,9 +176,8 @@ def in_processes(function, items, workers):
 def work(function, items, receiver, sender):
     torch.set_num_threads(1)  # a forked process lacks the main process's threads, and would wait for them
     receiver.close()  # the main process's end, of which a forked process has a copy
-    # Ctrl-C goes to every process of a terminal; what it means is the main process's to decide.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for kind in (signal.SIGINT, signal.SIGTERM):  # these may go to all processes; the main one decides what they mean
+        signal.signal(kind, signal.SIG_IGN)
     with contextlib.suppress(BrokenPipeError):  # nobody wants the rest
         for item in items:
             sender.send(function(item))
@@ -245,18 +245,6 @@ def class_names(path):
         return sorted(COLOUR_NAMES)
     videos = read_videos(path)[1] if Path(path).suffix.lower() == ".npy" else find_videos(Path(path))
     return sorted({video["label"] for video in videos} - {None})
-
-
-def read_whole_videos(path, size):
-    """The videos of a .npy file, or one of another kind -> list of uint8 (frames, size, size, 3). Raises DataError."""
-    path = Path(path)
-    if path.suffix.lower() == ".npy":
-        packed = PackedVideos(path, 1, size, "all")
-        return [packed.pixels[video["start"]:video["start"] + video["length"]] for video in packed.videos]
-    frames, _ = decode(path, size)
-    if isinstance(frames, str):
-        raise DataError(f"{path} cannot be read as a video: {frames}")
-    return [frames]
 
 
 # ---------------------------------------------------------------------------------------- packing

@@ -93,12 +93,13 @@ class Diffusion:
         signal, noise_level = self.levels(t, x_t)
         return (x_t - noise_level * output) / signal  # Eq. 4 solved for x_0
 
-    def timesteps(self, steps=None):
+    def timesteps(self, steps=None, eta=None):
         """-> [(t, s), ...]: `steps` (None: T) steps of sampling from t to s, evenly spaced from T - 1 down to 0, then
-        -1, which is x_0. Raises ValueError unless 1 <= steps <= T."""
+        -1, which is x_0. Raises ValueError unless 1 <= steps <= T, all T where eta is None, and 0 <= eta <= 1."""
         steps = self.T if steps is None else steps
-        if not 1 <= steps <= self.T:
-            raise ValueError(f"{steps} sampling steps: expected 1 to {self.T}, the diffusion steps")
+        if not 1 <= steps <= self.T or (steps < self.T if eta is None else not 0 <= eta <= 1):
+            raise ValueError(f"{steps} sampling steps, eta {eta}: expected 1 to {self.T} steps, the diffusion steps, "
+                             "and eta from 0 to 1; without eta all of them")
         times = [self.T - 1 - round(i * (self.T - 1) / max(1, steps - 1)) for i in range(steps)]
         return list(zip(times, [*times[1:], -1]))
 
@@ -149,9 +150,7 @@ class Diffusion:
         """
         if generators is not None and len(generators) != shape[0]:
             raise ValueError(f"{len(generators)} generators for {shape[0]} videos; expected one each")
-        if eta is None and steps not in (None, self.T) or eta is not None and not 0 <= eta <= 1:
-            raise ValueError(f"{steps} steps, eta {eta}: expected eta from 0 to 1, or None and all {self.T} steps")
-        times = self.timesteps(steps)
+        times = self.timesteps(steps, eta)
         x = randn(shape, generators, self.device)
         if known is not None:
             x_a, given = known
@@ -174,9 +173,7 @@ class Diffusion:
         given: (b, c, k, h, w), frames that the videos begin with, or None; they come out first.
         Yields float32 (b, c, 1, h, w) in [-1, 1]. Raises ValueError for settings that do not fit.
         """
-        if eta is None and steps not in (None, self.T):
-            raise ValueError(f"{steps} steps, eta {eta}: expected eta from 0 to 1, or None and all {self.T} steps")
-        times, (b, c, h, w) = self.timesteps(steps), shape
+        times, (b, c, h, w) = self.timesteps(steps, eta), shape
         for k in itertools.count():
             if given is not None and k < given.shape[2]:
                 x = given[:, :, k:k + 1]

@@ -26,8 +26,7 @@ from s4d import (S6, DiagonalSSM, TemporalSSM, at_least_float32, by_positions, b
 
 TEMPORAL_LAYERS = ("ssm", "attention", "linear-attention", "gss", "mamba", "lstm", "none")
 CAUSAL_LAYERS = ("ssm", "gss")  # whose past is a state of fixed size
-SSMS = ("s4d", "s6")
-ATTENTION_IMPLS = ("sdpa", "math")
+SSMS, ATTENTION_IMPLS = ("s4d", "s6"), ("sdpa", "math")
 MAX_SEQUENCES = 2 ** 15  # per call of attention: its fused CUDA kernels fail beyond 65,535
 MAX_LOGITS = 2 ** 29  # of temporal attention at once: the gradient of its bias exists for each of them
 

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from command import (Parser, UserError, agree, atomic_write, autocast, barrier, choose_device, choose_precision, gist,
                      join_processes, non_negative_float, non_negative_int, plural, positive_int, processes,
                      rank_zero_first, rank_zero_print, run, zero_to_one)
-from data import DataError, read_index, read_json, read_whole_videos, to_float, to_uint8
+from data import DataError, PackedVideos, read_json, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance
 from memory import sampling_batch
 from model import UNet3D, UNetConfig, compile_tails
@@ -206,7 +206,7 @@ def parse_args(argv=None):
     add("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native (auto)")
     add("--compile", action="store_true", help="torch.compile the elementwise work; a CUDA graph on CUDA")
     add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
-    add("--out", type=Path, help=".npy file to write, on a disk that all machines share (samples_STEP.npy beside CKPT)")
+    add("--out", type=Path, help="file to write, on a disk that all machines share (samples_STEP.npy beside CKPT)")
     args = parser.parse_args(argv)
     args.ckpt = args.ckpt / "ckpt.pt" if args.ckpt.is_dir() else args.ckpt
     args.num = args.num or (4 if args.ckpt.resolve() == ASSET else 16)
@@ -258,11 +258,11 @@ def read_condition(args, trained_stride, causal):
     if not 0 < len(numbers) < args.frames or causal and numbers != [*range(len(numbers))]:
         raise UserError(f"--given {args.given}: expected slices such as 0:8 or 0:8,20:24, of some, but not all, of the "
                         f"{args.frames} frames of a video (see --frames); a causal network takes the first ones only")
-    packed = args.condition.suffix.lower() == ".npy"  # without an index, as sample.py writes it, as trained
-    stride = read_index(args.condition).get("stride", trained_stride) if packed else 1
+    packed = PackedVideos(args.condition, 1, args.size, "all")
+    stride = packed.index.get("stride", trained_stride)  # without an index, as sample.py writes it: as trained
     if trained_stride % stride:
         raise UserError(f"--condition {args.condition} has stride {stride}, training had {trained_stride}")
-    clips = read_whole_videos(args.condition, args.size)[:args.num]
+    clips = [packed.pixels[video["start"]:video["start"] + video["length"]] for video in packed.videos[:args.num]]
     clips = [clip[args.condition_start::trained_stride // stride] for clip in clips]
     shortest = min(map(len, clips))
     if shortest <= max(numbers):
@@ -300,9 +300,9 @@ def main():
     # ---- process r of n takes the samples r, r + n, ...; an interrupted batch is drawn again whole
     by_gradient = args.condition_weight > 0 and not causal and bool(given or args.window)
     x_shape = (1 if args.guidance == 1 else 2, 3, window, args.size, args.size)  # 2: with the class, and without
-    size = args.batch_size or sampling_batch(net, x_shape, device, args.precision, by_gradient)
+    batch_size = args.batch_size or sampling_batch(net, x_shape, device, args.precision, by_gradient)
     files, mine = [parts / f"{i:07d}" for i in range(args.num)], range(rank, args.num, world_size)
-    batches = [mine[first:first + size] for first in range(0, len(mine), size)]
+    batches = [mine[first:first + batch_size] for first in range(0, len(mine), batch_size)]
     batches = [batch for batch in batches if not all(files[i].exists() for i in batch)]
 
     # ---- the loop over batches

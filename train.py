@@ -96,8 +96,8 @@ def train(args):
     parameters, ema_parameters = list(net.parameters()), list(ema.parameters())
     share_size = args.batch_size // world_size
     share = range(rank * share_size, (rank + 1) * share_size)
-    loader = batches(videos, share, args.seed, first_step, args.workers, pin_memory=device.type == "cuda",
-                     with_labels=True)
+    loader = batches(videos, share, args.seed, first_step, args.workers, device.type == "cuda", with_labels=True,
+                     stop=state.stop)
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
     step, due, losses, timer = first_step, set(), [], time.perf_counter()
 
@@ -234,7 +234,7 @@ def held_out_loss(net, diffusion, videos, args):
     return {"held_out_loss": sum(quartiles) / 4, "held_out_quartiles": quartiles}
 
 
-def draw_samples(net, sample, args, count, stop):
+def draw_samples(net, sampler, args, count, stop):
     """Draw the first `count` samples by Diffusion.sample, or a functools.partial of it -> uint8 (count, f, h, w, 3);
     None if a stop was asked for meanwhile. With classes, sample i has the class i mod their number."""
     rank, _, world_size = processes()
@@ -251,7 +251,7 @@ def draw_samples(net, sample, args, count, stop):
         for indices in (mine[first:first + at_once] for first in range(0, len(mine), at_once)):
             labels = torch.tensor([i % len(args.classes) for i in indices], device=device) if args.classes else None
             videos[indices] = torch.from_numpy(draw(
-                functools.partial(net, labels=labels), functools.partial(sample, progress=until_stop), (3, *shape),
+                functools.partial(net, labels=labels), functools.partial(sampler, progress=until_stop), (3, *shape),
                 sample_generators(args.seed, indices, device)))
     return None if any_process(stop) else sum_processes(videos).numpy()
 
@@ -275,7 +275,6 @@ def sampled_fvd(state):
 class StopSignals(set):
     """The first Ctrl-C or SIGTERM from here on asks for a stop after the current step, and makes this set, of signals
     received, true; a second one of the same kind exits at once."""
-    waiting = False  # for a batch, which may never come
 
     def __init__(self):
         super().__init__()
@@ -288,24 +287,12 @@ class StopSignals(set):
             sys.exit(1)
         self.add(kind)
         rank_zero_print("stopping after this step; again to stop at once", file=sys.stderr)
-        if self.waiting:
-            self.waiting = False  # the next signal must not interrupt what this one sets off
-            raise KeyboardInterrupt
 
 
 def until_stopped(loader, stop, count):
     """Up to `count` batches of a loader, until a stop is asked for in any process."""
     for _ in range(count):
-        batch = None
-        try:
-            stop.waiting = True
-            batch = None if stop else next(loader)
-            stop.waiting = False
-        except (KeyboardInterrupt, DataError):
-            stop.waiting = False
-            time.sleep(0.2)  # of a signal to the whole process group a worker may have died before this process gets it
-            if not stop:
-                raise
+        batch = None if stop else next(loader, None)
         if any_process(batch is None):
             return
         yield batch
@@ -356,23 +343,11 @@ def save_checkpoint(step, state):
             os.link(path, path.with_name("ckpt_previous.pt"))
 
 
-def newest_checkpoint(out):
-    """-> the last intact checkpoint of a run, and its path; (None, None) if there is none yet. Raises UserError."""
-    paths = [path for path in (out / "ckpt.pt", out / "ckpt_previous.pt") if path.exists()]
-    for path in paths:
-        try:
-            return load_checkpoint(path), path
-        except UserError as error:
-            if path == paths[-1]:
-                raise
-            rank_zero_print(error)
-    return None, None
-
-
 def resume(state):
-    """Load the newest checkpoint of a run, if there is one -> its step, or 0. Raises UserError for settings that must
-    not change, and for a checkpoint that cannot be used."""
-    args, (ckpt, path) = state.args, newest_checkpoint(state.args.out)
+    """Load the checkpoint of a run, if there is one -> its step, or 0. Raises UserError for settings that must not
+    change, and for a checkpoint that cannot be used."""
+    args, path = state.args, state.args.out / "ckpt.pt"
+    ckpt = load_checkpoint(path) if path.exists() else None
     step = ckpt["step"] if ckpt else 0
     agree(step, f"--out {args.out} holds different checkpoints on different machines; expected a shared folder")
     if not ckpt:
@@ -399,8 +374,6 @@ def resume(state):
         state.optimizer.load_state_dict({"state": ckpt["optimizer"]["state"], "param_groups": groups})
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path} does not fit this network ({gist(error)}); choose another --out") from None
-    if processes()[0] == 0 and path.name != "ckpt.pt":
-        os.replace(path, args.out / "ckpt.pt")  # in the place of the damaged one, which must not become the spare
     rank_zero_print(*changed.values(), f"resuming from step {step} of {args.steps}", sep="\n")
     return step
 
