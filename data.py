@@ -5,7 +5,7 @@
     python data.py maze --size 32 --frames 500 --num 100 --out maze.npy   # the embedded walks, as a file
 
     videos = open_videos("ucf.npy", frames=16, size=32)    # or a folder of videos, or None for endless mazes
-    for clips in batches(videos, sample_indices=range(64), seed=0):
+    for clips, labels in batches(videos, sample_indices=range(64), seed=0):
         x = to_float(clips)                                # (64, 3, 16, 32, 32), in [-1, 1]
 
 Glossary
@@ -78,8 +78,8 @@ def open_videos(path, frames, size, split="train"):
 class PackedVideos:
     """Clips of packed videos, memory-mapped; every window of every video of the split is equally likely.
 
-    path: what `read_videos` takes. Attributes: index, the file's, {} if it has none; splits, those in it; videos, the
-    entries of the split's long enough videos; num_too_short; num_windows; stride, of what frames one was packed.
+    path: what `read_videos` takes. Attributes: splits, those that the file has; videos, the index entries of the
+    split's long enough videos; num_too_short; num_windows; stride, every how many frames one was packed, or None.
     Raises DataError if there are none, or of another size.
     """
 
@@ -96,8 +96,7 @@ class PackedVideos:
             longest = max([video["length"] for video in chosen], default=0)
             raise DataError(f"--frames {frames} --split {split}: the longest such video in {path}, which has "
                             f"{' and '.join(self.splits)} videos, has {longest} frames")
-        self.index = read_index(Path(self.pixels.filename))
-        self.stride = self.index.get("stride", 1)
+        self.stride = read_index(Path(self.pixels.filename)).get("stride")
         windows = np.array([video["length"] - frames + 1 for video in self.videos])
         self.num_windows = int(windows.sum())
         self.first_windows = np.cumsum(windows) - windows  # of each video, counted over all of them
@@ -129,18 +128,17 @@ def random_generator(*key):
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((len(key), *key))))
 
 
-def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=False, with_labels=False, stop=()):
+def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=False, stop=()):
     """Endless iterator over the batches of steps first_step, first_step + 1, ...
 
-    Each is a uint8 tensor (b, f, h, w, 3) whose row for sample index i at step s is videos.clip(seed, s, i); with
-    labels it is (that tensor, the list of the b labels, each a str or None). `workers` processes read one batch ahead
-    each; 0: this one reads. Once `stop` is true, nothing is waited for any more. Raises DataError if a process dies.
+    Each is a uint8 tensor (b, f, h, w, 3) whose row for sample index i at step s is videos.clip(seed, s, i), and the
+    list of the b labels, each a str or None. `workers` processes read one batch ahead each; 0: this one reads. Once
+    `stop` is true, nothing is waited for any more. Raises DataError if a process dies.
     """
     make_batch, steps = functools.partial(batch_of_step, videos, sample_indices, seed), range(first_step, 2**62)
     for clips, labels in in_processes(make_batch, steps, workers, stop) if workers else map(make_batch, steps):
         clips = torch.from_numpy(clips)
-        clips = clips.pin_memory() if pin_memory else clips
-        yield (clips, labels) if with_labels else clips
+        yield clips.pin_memory() if pin_memory else clips, labels
 
 
 def batch_of_step(videos, sample_indices, seed, step):

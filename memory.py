@@ -18,24 +18,24 @@ from model import UNet3D, count_parameters
 from s4d import S6, chunk_size
 
 
-def fit_memory(args, config, device):
+def fit_memory(args, net, device):
     """Choose the fewest micro-batches whose step fits in memory and, only if single clips do not fit without it,
     recomputation: sets args.grad_accum and args.grad_checkpoint -> a line about it. A given --grad-accum stays; that of
     a resumed run is tried first, as others change the last bits of sums. Raises UserError."""
     world_size, precision, given = processes()[2], choose_precision(device, args.precision), "grad_accum" in args.given
-    share, limit, about = args.batch_size // world_size, 0.9 * free_memory(device), ""
-    if args.memory_gb:  # on a CPU it is that of the process, which has something already
-        limit = max(0, args.memory_gb * 2**30 - (0 if device.type == "cuda" else peak_memory(device)))
+    share, about = args.batch_size // world_size, ""
+    # what is given is for all of the process, which has something already; the least, so that all choose the same
+    limit = min(gather(args.memory_gb * 2**30 - peak_memory(device) if args.memory_gb else 0.9 * free_memory(device)))
     recomputing = [args.grad_checkpoint] if args.grad_checkpoint or "grad_checkpoint" in args.given else [False, True]
     choices = [(parts, recompute) for recompute in recomputing for parts in range(1, share + 1) if share % parts == 0]
     if args.grad_accum and share % args.grad_accum == 0:
         choices.insert(0, (args.grad_accum, args.grad_checkpoint))
     for parts, recompute in choices:
         if not given or args.dry_run:
-            clips = share // parts, config.video_channels, args.frames, args.size, args.size
-            takes = step_memory(config, clips, device, precision, recompute)
-            about = f"{takes / 2**30:.1f} GB of {limit / 2**30:.1f}"
-        if given or all(gather(takes <= limit)):  # on every process, or on none
+            clips = share // parts, net.config.video_channels, args.frames, args.size, args.size
+            takes = step_memory(net, clips, device, precision, recompute)
+            about = f"{takes / 2**30:.1f} GB of {max(0, limit) / 2**30:.1f}"
+        if given or takes <= limit:
             break
     else:
         raise UserError(f"a training step takes {about} that are free, with single clips; try a smaller --frames or "
@@ -54,13 +54,12 @@ def sampling_batch(net, shape, device, precision, gradient):
     return max(1, min(8 if device.type == "cpu" else 32, int(fitting)))
 
 
-def step_memory(config, clip_shape, device, precision="float32", grad_checkpoint=False):
+def step_memory(net, clip_shape, device, precision="float32", grad_checkpoint=False):
     """-> bytes that a training step takes for clips of `clip_shape` (b, c, f, h, w): parameters, gradients, Adam's two
     moments and the EMA, as large each, and the most that the forward and backward pass holds besides. A tenth more
     stands for workspaces of PyTorch's kernels and fragmentation."""
-    with torch.device("meta"):
-        parameters = 4 * count_parameters(UNet3D(config))
-    return 1.1 * (5 * parameters + step_peak(config, clip_shape, device, precision, True, grad_checkpoint))
+    peak = step_peak(net.config, clip_shape, device, precision, True, grad_checkpoint)
+    return 1.1 * (5 * 4 * count_parameters(net) + peak)
 
 
 def step_peak(config, shape, device, precision, backward, grad_checkpoint=False):

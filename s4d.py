@@ -19,7 +19,6 @@ The SSM (Gu et al. 2022, "On the Parameterization and Initialization of Diagonal
     s_k = Ā s_{k-1} + B̄ u_k,    y_k = 2 Re(C s_k) + D u_k,    Ā = exp(ΔA),  B̄ = (Ā - 1)/A  (B = 1)
 and unrolled, y = K * u + D u with K_l = 2 Re Σ_n C_n (exp(ΔA_n) - 1)/A_n · exp(ΔA_n l).
 """
-import collections
 import contextlib
 import importlib.util
 import math
@@ -205,8 +204,7 @@ class DiagonalSSM(nn.Module):
         self.reverse = reverse
         self.kernel = S4DKernel(d, state_size)
         self.D = nn.Parameter(torch.randn(d))
-        self.kept = None  # an impulse response, see `cached_kernels`
-        self.past = None  # the frames before, see `streaming`
+        self.kept, self.past = None, None  # set by `cached_kernels`, an impulse response, and by `streaming`, a Past
 
     def impulse_response(self, L, *others):
         """-> (k, d, L), K of this SSM and k - 1 others with D added at lag 0: convolution with it is K * u + D u."""
@@ -250,14 +248,11 @@ def convolve(u, ssms):
 def cached_kernels(net, L):
     """In this context every SSM inside `net` computes its kernel for L frames once, not in every call: for sampling.
     Re-enter it after an optimiser step. Where gradients of the parameters are asked for, the kernels are not used."""
-    ssms = [module for module in net.modules() if isinstance(module, DiagonalSSM)]
-    try:
-        for ssm in ssms:
+    with contextlib.ExitStack() as stack:
+        for ssm in [module for module in net.modules() if isinstance(module, DiagonalSSM)]:
+            stack.callback(setattr, ssm, "kept", None)
             [ssm.kept] = ssm.impulse_response(L).detach()
         yield
-    finally:
-        for ssm in ssms:
-            ssm.kept = None
 
 
 @contextlib.contextmanager
@@ -274,13 +269,11 @@ def streaming(net, window=None):
     ssms = [module for module in net.modules() if isinstance(module, DiagonalSSM)]
     if not ssms or any(ssm.reverse for ssm in ssms):
         raise ValueError("streaming takes a network with SSMs, all of them forward in time")
-    try:
+    with contextlib.ExitStack() as stack:
         for ssm in ssms:
+            stack.callback(setattr, ssm, "past", None)
             ssm.past = Past(ssm, window)
         yield lambda: [ssm.past.advance() for ssm in ssms]
-    finally:
-        for ssm in ssms:
-            ssm.past = None
 
 
 class Past:
@@ -296,7 +289,7 @@ class Past:
         self.A_bar, self.A_bar_W, self.CBA = dtA.exp(), (dtA * (window or 0)).exp(), CB * dtA.exp()
         self.K_0 = CB.real.sum(-1) + at_least_float32(ssm.D)                                # d
         self.s, self.p = 0, 0
-        self.inputs = collections.deque([torch.zeros_like(self.K_0)] * (window or 0))  # the last ones, of a window
+        self.inputs = [torch.zeros_like(self.K_0)] * (window or 0)  # the last ones, of a window
 
     def step(self, u):
         if u.shape[1] != 1:
@@ -309,7 +302,7 @@ class Past:
         self.s = self.A_bar * self.s + self.u[..., None]
         if self.inputs:
             self.inputs.append(self.u)
-            self.s -= self.A_bar_W * self.inputs.popleft()[..., None]
+            self.s -= self.A_bar_W * self.inputs.pop(0)[..., None]
         self.p = torch.einsum("...dn,dn->...d", self.s, self.CBA).real
 
 

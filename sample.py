@@ -259,7 +259,7 @@ def read_condition(args, trained_stride, causal):
         raise UserError(f"--given {args.given}: expected slices such as 0:8 or 0:8,20:24, of some, but not all, of the "
                         f"{args.frames} frames of a video (see --frames); a causal network takes the first ones only")
     packed = PackedVideos(args.condition, 1, args.size, "all")
-    stride = packed.index.get("stride", trained_stride)  # without an index, as sample.py writes it: as trained
+    stride = packed.stride or trained_stride  # unknown, as sample.py writes it: as trained
     if trained_stride % stride:
         raise UserError(f"--condition {args.condition} has stride {stride}, training had {trained_stride}")
     clips = [packed.pixels[video["start"]:video["start"] + video["length"]] for video in packed.videos[:args.num]]

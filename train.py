@@ -8,7 +8,7 @@
     python train.py --preset tiny --causal                                # for streams without end
     python train.py --preset minerl-400 --dry-run                         # what would be trained
 
---out DIR (out/PRESET-TEMPORAL, and the network's flags) gets config.json, log.jsonl, samples/, ckpt.pt and the one
+--out DIR (out/PRESET-TEMPORAL, and flags that shape it) gets config.json, log.jsonl, samples/, ckpt.pt and the one
 before, ckpt_previous.pt. Stop it at any time: the same command, or `train.py --out DIR`, resumes from the last
 checkpoint, exactly. A flag on the command line wins over the run's own setting, that over the preset's (without
 --preset: of the column of the paper's Table 5 for --frames and --size), that over the default. Micro-batches and
@@ -16,7 +16,7 @@ recomputation are chosen so that a step fits in memory; they do not change what 
 
 Glossary
     x_0, t, noise   as in diffusion.py
-    step            counts from 1; its random numbers have the key step - 1, the steps finished before it
+    step            the number of finished steps, the key of the next one's random numbers
     share           the part of a batch that this process takes
     EMA             exponential moving average of the weights; samples and held-out losses come from it
     label           what a clip shows, in words; the network takes its number in args.classes, the labels of the data
@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import datetime
 import fcntl
 import functools
 import importlib.util
@@ -76,14 +75,16 @@ def train(args):
     # ---- data, run folder, resume: all that is wrong with them shows here, before any training
     i3d = fvd.load_i3d(args.i3d, device) if args.fvd_every and not args.dry_run else None
     videos, held_out, about_data = rank_zero_first(functools.partial(open_data, args))
-    about_memory = fit_memory(args, net.config, device)  # chooses args.grad_accum and args.grad_checkpoint
+    about_memory = fit_memory(args, net, device)  # chooses args.grad_accum and args.grad_checkpoint
     rank_zero_print(about_data, about_memory, sep="\n")
     if args.dry_run:
         return
     lock = lock_folder(args.out) if rank == 0 else None  # noqa: F841, held until this process ends
     net.grad_checkpoint = args.grad_checkpoint
-    state = SimpleNamespace(args=args, config=resumable_config(args, videos), net=net, ema=ema, optimizer=optimizer,
-                            diffusion=diffusion, videos=videos, held_out=held_out, i3d=i3d, stop=StopSignals())
+    config = {name: getattr(args, name) for name in DEFAULTS if name not in ("out", "dry_run", "memory_gb")}
+    config |= {"data_fingerprint": videos.fingerprint, "data_stride": videos.stride or 1}  # what checkpoints keep
+    state = SimpleNamespace(args=args, config=config, net=net, ema=ema, optimizer=optimizer, diffusion=diffusion,
+                            videos=videos, held_out=held_out, i3d=i3d, stop=StopSignals())
     first_step = resume(state)
     if first_step >= args.steps:
         return rank_zero_print(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
@@ -96,17 +97,19 @@ def train(args):
     parameters, ema_parameters = list(net.parameters()), list(ema.parameters())
     share_size = args.batch_size // world_size
     share = range(rank * share_size, (rank + 1) * share_size)
-    loader = batches(videos, share, args.seed, first_step, args.workers, device.type == "cuda", with_labels=True,
-                     stop=state.stop)
+    loader = batches(videos, share, args.seed, first_step, args.workers, device.type == "cuda", state.stop)
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
     step, due, losses, timer = first_step, set(), [], time.perf_counter()
 
-    for step, (clips, labels) in enumerate(until_stopped(loader, state.stop, args.steps - first_step), first_step + 1):
-        # ---- batch and noise
+    while step < args.steps:
+        # ---- batch and noise, unless a stop is asked for in any process
+        batch = None if state.stop else next(loader, None)
+        if any_process(batch is None):
+            break
+        clips, labels = batch
         x_0 = to_float(clips.to(device, non_blocking=device.type == "cuda"))                # share c f h w
-        t, noise = training_noise(x_0.shape[1:], args.seed, step - 1, share, diffusion.T, device,
-                                  per_frame=args.causal)
-        hidden = [label_dropped(LABEL_DROPOUT, args.seed, step - 1, i) for i in share]
+        t, noise = training_noise(x_0.shape[1:], args.seed, step, share, diffusion.T, device, per_frame=args.causal)
+        hidden = [label_dropped(LABEL_DROPOUT, args.seed, step, i) for i in share]
         labels = label_numbers(np.where(hidden, None, labels), args.classes, device)        # share
 
         # ---- forward and backward in micro-batches, whose gradients add up
@@ -125,6 +128,7 @@ def train(args):
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
+        step += 1
         update_ema(ema_parameters, parameters, step, args)
         losses.append(torch.stack([loss_sum, grad_norm]))  # since the last log line
         bar.update()
@@ -274,28 +278,17 @@ def sampled_fvd(state):
 
 class StopSignals(set):
     """The first Ctrl-C or SIGTERM from here on asks for a stop after the current step, and makes this set, of signals
-    received, true; a second one of the same kind exits at once."""
+    received, true; a second one of the same kind interrupts at once."""
 
     def __init__(self):
-        super().__init__()
         for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(kind) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(kind, self.on_signal)
 
     def on_signal(self, kind, frame):
-        if kind in self:
-            sys.exit(1)
+        signal.signal(kind, signal.default_int_handler)  # raises KeyboardInterrupt
         self.add(kind)
         rank_zero_print("stopping after this step; again to stop at once", file=sys.stderr)
-
-
-def until_stopped(loader, stop, count):
-    """Up to `count` batches of a loader, until a stop is asked for in any process."""
-    for _ in range(count):
-        batch = None if stop else next(loader, None)
-        if any_process(batch is None):
-            return
-        yield batch
 
 
 def any_process(flag):
@@ -347,21 +340,16 @@ def resume(state):
     """Load the checkpoint of a run, if there is one -> its step, or 0. Raises UserError for settings that must not
     change, and for a checkpoint that cannot be used."""
     args, path = state.args, state.args.out / "ckpt.pt"
-    ckpt = load_checkpoint(path) if path.exists() else None
-    step = ckpt["step"] if ckpt else 0
-    agree(step, f"--out {args.out} holds different checkpoints on different machines; expected a shared folder")
-    if not ckpt:
+    ckpt = load_checkpoint(path) if path.exists() else {"step": 0}
+    agree(ckpt["step"], f"--out {args.out} holds different checkpoints on different machines; expected a shared folder")
+    if ckpt["step"] == 0:
         return 0
-    if "optimizer" not in ckpt:
-        raise UserError(f"{path} holds what sample.py needs, and no optimiser state: a training cannot resume from it")
 
     # ---- settings: the run may be older than a flag, or of a time when there were other losses
     saved, ours = DEFAULTS | ckpt["config"], state.config | {"loss": "l2"}
     changed = {name: f"{as_flag(name)} {shown(saved[name])} -> {shown(value)}"
                for name, value in ours.items() if saved.get(name, value) != value}
-    # data are known by their contents, if the run knows these: then their path may change
-    may_change = MAY_CHANGE | {"data"} if "data_fingerprint" in saved else MAY_CHANGE
-    refused = [change for name, change in changed.items() if name not in may_change]
+    refused = [change for name, change in changed.items() if name not in MAY_CHANGE]
     if refused:
         raise UserError(f"{args.out} holds another run: {'; '.join(refused)}; expected the same settings and videos, "
                         "or another --out")
@@ -373,15 +361,10 @@ def resume(state):
         groups = state.optimizer.state_dict()["param_groups"]
         state.optimizer.load_state_dict({"state": ckpt["optimizer"]["state"], "param_groups": groups})
     except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} does not fit this network ({gist(error)}); choose another --out") from None
-    rank_zero_print(*changed.values(), f"resuming from step {step} of {args.steps}", sep="\n")
-    return step
-
-
-def resumable_config(args, videos):
-    """-> the settings that config.json and checkpoints keep, and what identifies the data."""
-    return {name: getattr(args, name) for name in DEFAULTS if name not in ("out", "dry_run", "memory_gb")} | {
-        "data_fingerprint": videos.fingerprint, "data_stride": videos.stride}
+        raise UserError(f"{path} lacks the optimiser's state, or does not fit this network ({gist(error)}); choose "
+                        "another --out") from None
+    rank_zero_print(*changed.values(), f"resuming from step {ckpt['step']} of {args.steps}", sep="\n")
+    return ckpt["step"]
 
 
 def start_log(args, config, first_step):
@@ -404,7 +387,7 @@ def write_record(record, args, tensorboard):
     """Append a record to log.jsonl, print the gist of it, hand its numbers to TensorBoard, if any."""
     with open(args.out / "log.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
-    left = datetime.timedelta(seconds=round((args.steps - record["step"]) * record["seconds_per_step"]))
+    left = tqdm.format_interval((args.steps - record["step"]) * record["seconds_per_step"])
     held_out = f"  held-out {record['held_out_loss']:.4f}" if "held_out_loss" in record else ""
     distance = f"  FVD of {args.fvd_videos} samples {record['fvd']:.2f}" if "fvd" in record else ""
     tqdm.write(f"step {record['step']}/{args.steps}  loss {record['loss']:.4f}{held_out}{distance}  grad norm "
@@ -429,7 +412,7 @@ PRESETS = {  # Table 5, a row per column; what all of them share are the default
        for name in ("minerl-256", "gqn-mazes-256", "carla-256")},
     # not the paper's: the quick start, sized for a laptop CPU
     "tiny": dict(frames=16, size=16, diffusion_steps=256, prediction="v", lr=1e-3, batch_size=8, steps=560,
-                 base_channels=24, channel_mults=(1, 2, 4), time_dim=128, heads=2, head_dim=32, state_size=64,
+                 base_channels=24, channel_mults=[1, 2, 4], time_dim=128, heads=2, head_dim=32, state_size=64,
                  mlp_dim=64, ema_start=100, ema_every=5, ema_decay=0.9, log_every=25, eval_every=50, save_every=50),
 }
 
@@ -441,27 +424,24 @@ MULTIPLE_OF_8 = number(int, "a multiple of 8", lambda n: n >= 8 and n % 8 == 0)
 # Each flag's default, what it is, and what it may be: a type, or choices. Those that are False are
 # switches, with a --no-FLAG as well: a resumed run has its own settings otherwise.
 FLAGS = {
-    "what to train": {
-        "preset": (None, "column of Table 5 or data set of the later edition (the nearest), or tiny", PRESETS)},
-    "data": {
+    "preset and data": {
+        "preset": (None, "column of Table 5 or data set of the later edition (the nearest), or tiny", PRESETS),
         "data": ("maze", "packed .npy file, folder of videos, or the embedded maze walks"),
         "split": ("train", "videos to train on; ucf101 presets: all", ("train", "test", "all")),
         "classes": (False, "class-conditional, by the data's labels: class folders, wall colours"),
         "frames": (16, "frames per clip", positive_int),
-        "size": (32, "height and width", positive_int),
-        "workers": (min(2, cpus()), "data loader workers of each process", non_negative_int)},
+        "size": (32, "height and width", positive_int)},
     "network": {
         "temporal": ("ssm", "temporal layer", TEMPORAL_LAYERS),
         "base_channels": (64, "width of the first level", MULTIPLE_OF_8),
-        "channel_mults": ((1, 2, 4, 8), "width of each level, in base channels: 1 2 4 is three levels", positive_int),
+        "channel_mults": ([1, 2, 4, 8], "width of each level, in base channels: 1 2 4 is three levels", positive_int),
         "time_dim": (1024, "width of the time embedding", positive_int),
         "heads": (8, "attention heads, spatial ones too", positive_int),
-        "head_dim": (64, "width of a temporal attention head", EVEN),
-        "attention_impl": ("sdpa", "sdpa: memory linear in frames; math: quadratic", ATTENTION_IMPLS)},
+        "head_dim": (64, "width of a temporal attention head", EVEN)},
     "temporal layers with SSMs": {
         "ssm": ("s4d", "of --temporal mamba: the paper's, or selective", SSMS),
-        "state_size": (None, "N, the paper's SSM hidden dims (512, of s6 16)", EVEN),
-        "mlp_dim": (None, "hidden width (512, of gss 3 x channels; mamba: without)", positive_int),
+        "state_size": (512, "N, the paper's SSM hidden dims; of s6 16", EVEN),
+        "mlp_dim": (512, "hidden width; of gss 3 x channels, mamba: without", positive_int),
         "mlp_layers": (2, "layers of the MLP (Table 3)", (0, 1, 2)),
         "mlp_position": ("post", "MLP after or before the SSM (Table 3)", ("post", "pre")),
         "unidirectional": (False, "leave the backward SSM out (Table 3)"),
@@ -481,6 +461,8 @@ FLAGS = {
         "seed": (0, "of first weights, clips, timesteps and noise", non_negative_int)},
     "speed and memory": {
         "device": (None, "cpu, cuda, mps (the best there is)"),
+        "workers": (min(2, cpus()), "data loader workers of each process", non_negative_int),
+        "attention_impl": ("sdpa", "sdpa: memory linear in frames; math: quadratic", ATTENTION_IMPLS),
         "precision": ("auto", "bf16 autocast or float32; auto: bf16 if native", ("auto", "bf16", "float32")),
         "compile": (False, "torch.compile the elementwise work, for GPUs"),
         "deterministic": (False, "the same bits on a GPU, too (see README.md); slower"),
@@ -488,7 +470,7 @@ FLAGS = {
         "grad_checkpoint": (False, "recompute blocks in the backward pass (if a step does not fit otherwise)"),
         "memory_gb": (None, "what a process may take (what is free)", positive_float)},
     "output": {
-        "out": (None, "folder of the run (out/PRESET-TEMPORAL, and the network's flags)", Path),
+        "out": (None, "folder of the run (out/PRESET-TEMPORAL, and the flags that shape it)", Path),
         "log_every": (100, "steps between log lines", positive_int),
         "eval_every": (1000, "steps between held-out losses", positive_int),
         "sample_every": (10_000, "steps between sample grids", positive_int),
@@ -514,11 +496,9 @@ TAKES = {"ssm": {"state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidire
          "none": set()}
 NOT_ALL_TAKE = set().union(*TAKES.values())
 
-# What may differ when a run is resumed: none of it shapes the network or the data.
-MAY_CHANGE = {*FLAGS["speed and memory"], *FLAGS["output"], "steps", "lr", "workers", "grad_clip", "attention_impl"}
-
-# Flags that, where given, are part of the default --out's name: rows of the paper's tables do not share a folder.
-IN_OUT_NAME = NOT_ALL_TAKE - MAY_CHANGE | {"base_channels", "classes", "prediction"}
+# What may differ when a run is resumed: none of it shapes the network, and data are known by their fingerprint. Other
+# flags, where given, are part of the default --out's name: rows of the paper's tables do not share a folder.
+MAY_CHANGE = {*FLAGS["speed and memory"], *FLAGS["output"], "steps", "lr", "grad_clip", "data"}
 
 
 def make_parser():
@@ -532,12 +512,10 @@ def make_parser():
             add = functools.partial(group.add_argument, as_flag(name), help=about)
             if default is False:
                 add(action=argparse.BooleanOptionalAction)
-            elif isinstance(default, tuple):
-                add(nargs="+", type=allowed[0])
             elif allowed and not callable(allowed[0]):
                 add(choices=allowed[0], type=type(list(allowed[0])[0]))
             else:
-                add(type=allowed[0] if allowed else str)
+                add(type=allowed[0] if allowed else str, nargs="+" if isinstance(default, list) else None)
     return parser
 
 
@@ -553,8 +531,8 @@ def parse_args(argv=None):
     nearest = "ucf101-64" if size == 64 else "ucf101-32"
     if frames != 16:
         nearest = min(("minerl-64", "minerl-200", "minerl-400"), key=lambda name: abs(PRESETS[name]["frames"] - frames))
-    variant = [name.replace("_", "-") + ("" if value is True else f"-{value}")
-               for name, value in sorted(explicit.items()) if name in IN_OUT_NAME]
+    variant = [as_flag(name)[2:] + ("" if value is True else f"-{shown(value)}".replace(" ", "-")) for name, value
+               in sorted(explicit.items()) if name not in MAY_CHANGE | {"preset", "temporal", "frames", "size"}]
     out = explicit.get("out") or Path("out", "-".join([explicit.get("preset", nearest), temporal, *variant]))
     # of a run to be resumed; if its config.json is damaged, the flags have to be given again
     given = {name: value for name, value in read_json(out / "config.json").items() if name in DEFAULTS} | explicit
@@ -569,15 +547,12 @@ def parse_args(argv=None):
         args.state_size = given.get("state_size")
     args.heads = args.heads or max(1, args.base_channels // 8)
     args.time_dim = args.time_dim or 32 * args.base_channels
-    args.channel_mults = list(args.channel_mults)
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
     if args.classes:
         args.classes = class_names(args.data)  # from here on the names
         if not args.classes:
             raise UserError(f"--data {args.data} has no labels for --classes; expected videos in class folders")
     check_together(args)
-    config = unet_config(args)
-    args.mlp_dim, args.state_size = config.mlp_dim, config.state_size
     return args
 
 
