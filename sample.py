@@ -102,10 +102,9 @@ def for_sampling(net, device, precision, compiled=False):
         for child in module.children():
             if isinstance(child, kinds) and not isinstance(module, S6):
                 child.to(torch.bfloat16)
-    if not compiled:
-        return net
-    compile_tails()  # no graphs of a stream, whose state changes from call to call
-    return cuda_graphs(net) if device.type == "cuda" and not net.config.causal else net
+    if compiled:
+        compile_tails()  # no graphs of a stream, whose state changes from call to call
+    return cuda_graphs(net) if compiled and device.type == "cuda" and not net.config.causal else net
 
 
 def cuda_graphs(net):
@@ -262,12 +261,11 @@ def read_condition(args, trained_stride, causal):
     stride = packed.stride or trained_stride  # unknown, as sample.py writes it: as trained
     if trained_stride % stride:
         raise UserError(f"--condition {args.condition} has stride {stride}, training had {trained_stride}")
-    clips = [packed.pixels[video["start"]:video["start"] + video["length"]] for video in packed.videos[:args.num]]
-    clips = [clip[args.condition_start::trained_stride // stride] for clip in clips]
-    shortest = min(map(len, clips))
-    if shortest <= max(numbers):
-        raise UserError(f"--given {args.given}: {args.condition} has {shortest} frames from {args.condition_start} on")
-    return numbers, [torch.from_numpy(clip[numbers]) for clip in clips]
+    videos, frames = packed.videos[:args.num], args.condition_start + trained_stride // stride * np.array(numbers)
+    shortest = min(video["length"] for video in videos)
+    if shortest <= frames[-1]:
+        raise UserError(f"--given {args.given}: {args.condition} has {shortest} frames, none of number {frames[-1]}")
+    return numbers, [torch.from_numpy(packed.pixels[video["start"] + frames]) for video in videos]
 
 
 def main():

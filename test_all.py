@@ -1388,7 +1388,7 @@ BAD_INPUT = {
              "--fvd-every 3 --frames 8",
     "sample": "--ckpt missing.pt; --ckpt text.mp4; --ckpt other.pt; --num 0; --eta 1.5; --guidance -1; "
               "--condition short.npy; --out x.txt; --ckpt CKPT --size 9; --ckpt CKPT --class red; "
-              "--ckpt CKPT --weights model; --ckpt CKPT --condition short.npy --given 0:2 --condition-start 5; "
+              "--ckpt CKPT --weights model; --ckpt CKPT --condition short.npy --condition-start 5 --given 0:2; "
               "--condition-start 5; --given 0:2; --overlap 2; --eta 1 --sampler ddpm; --ckpt CKPT --guidance 2; "
               "--ckpt CKPT --window 4 --overlap 4; --ckpt CKPT --window 6; "
               + "".join(f"--ckpt CKPT --condition short.npy --given {given}; " for given in ("0:9", "3", "a:b", "3:3"))
