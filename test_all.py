@@ -21,7 +21,6 @@ import socket
 import struct
 import sys
 import tempfile
-import threading
 import time
 import types
 from fractions import Fraction
@@ -854,21 +853,14 @@ def test_a_stop_while_samples_are_drawn_leaves_them_out(tmp_path, monkeypatch):
 
 
 def test_a_stop_ends_the_wait_for_a_batch_and_saves_the_last_step(trained, tmp_path, monkeypatch):
-    clip_and_label = MazeVideos.clip_and_label
-
-    def stuck(self, *key):
-        time.sleep(60 if key[1:2] == (3,) else 0)  # the last step's clips never come
-        return clip_and_label(self, *key)
-
-    def stop_once_it_waits():
-        while not (tmp_path / "log.jsonl").exists() or len(read_log(tmp_path)) < 3:
-            time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
+    def stalling(*args):
+        yield from itertools.islice(data.batches(*args), 3)
+        signal.raise_signal(signal.SIGTERM)
+        assert args[-1], "by this the wait ends: see test_a_dead_worker_or_a_stop_ends_the_wait_for_data"
 
     with monkeypatch.context() as patch:
-        patch.setattr(MazeVideos, "clip_and_label", stuck)
-        threading.Thread(target=stop_once_it_waits, daemon=True).start()
-        run_train("--steps", 4, "--workers", 1, "--out", tmp_path)  # is saved after 2 and 4
+        patch.setattr(train, "batches", stalling)
+        run_train("--steps", 4, "--out", tmp_path)  # is saved after 2 and 4
     assert read_log(tmp_path)[-1]["step"] == sample.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 3
     run_train("--steps", 4, "--out", tmp_path)
     assert_same_run(tmp_path, trained)
