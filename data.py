@@ -147,8 +147,7 @@ def batch_of_step(videos, sample_indices, seed, step):
 
 
 def in_processes(function, items, workers, stop=()):
-    """Yield function(item) for each of a sequence of items, in order, computed by that many processes, until one is not
-    there yet and `stop` is true.
+    """Yield function(item) for each of `items`, in order, computed by `workers` processes; `stop` ends the wait for one.
 
     The death of a worker, or of this process, closes the worker's own pipe: the other side notices at once, even in the
     middle of a result. (DataLoader's workers share a pipe, which then blocks.) Raises DataError if a worker dies.
@@ -179,6 +178,9 @@ def work(function, items, receiver, sender):
     with contextlib.suppress(BrokenPipeError):  # nobody wants the rest
         for item in items:
             sender.send(function(item))
+
+
+# ---------------------------------------------------------------------------------------- reading
 
 
 def read_videos(path, size=None):
@@ -274,7 +276,7 @@ def pack(source, out, size, workers=None, min_frames=1, stride=1, test_fraction=
     Every `stride`-th frame; shorter side resized to `size`, then cropped around the centre. What cannot be decoded, or
     has fewer than `min_frames` frames, is listed with the reason. Where there are no test videos, `test_fraction` makes
     those whose names have the lowest hashes such: videos that are added later move hardly any. workers: processes that
-    decode (default: two per core). Raises OSError and DataError, also if no video is usable.
+    decode (two per core: some wait for that of a longer video). Raises OSError, DataError, also for no usable video.
     """
     found = find_videos(Path(source))
     if test_fraction and not any(video["split"] == "test" for video in found):
@@ -282,7 +284,6 @@ def pack(source, out, size, workers=None, min_frames=1, stride=1, test_fraction=
         for video, value in zip(found, hashes):  # one at least
             video["split"] = "test" if value <= max(test_fraction, min(hashes)) else "train"
     settings = {"size": size, "stride": stride, "min_frames": min_frames}
-    # Twice as many workers as cores: results are taken in order, so that some wait for that of a longer video.
     decoded = in_processes(functools.partial(decode, **settings), [video["path"] for video in found],
                            min(workers or 2 * cpus(), len(found)))
     about = settings | {"test_fraction": test_fraction, "files": hash_of_files(found)}

@@ -168,6 +168,7 @@ class Diffusion:
             with streaming(net) as advance:                                                 # see s4d.py
                 for frame in diffusion.stream(net, advance, (b, c, h, w)): ...
 
+        shape: (b, c, h, w), of one frame of each video.
         advance: called after each frame's last call of the network, which has seen it finished, at its lowest t.
         generators, steps, eta: as in `sample`; the first frames are the same however many are drawn.
         given: (b, c, k, h, w), frames that the videos begin with, or None; they come out first.
