@@ -147,7 +147,7 @@ def batch_of_step(videos, sample_indices, seed, step):
 
 
 def in_processes(function, items, workers, stop=()):
-    """Yield function(item) for each of `items`, in order, computed by `workers` processes; `stop` ends the wait for one.
+    """Yield function(item) for each of `items`, in order, computed by `workers` processes; `stop` ends the wait.
 
     The death of a worker, or of this process, closes the worker's own pipe: the other side notices at once, even in the
     middle of a result. (DataLoader's workers share a pipe, which then blocks.) Raises DataError if a worker dies.
