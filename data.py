@@ -94,8 +94,8 @@ class PackedVideos:
         self.num_too_short = len(chosen) - len(self.videos)
         if not self.videos:
             longest = max([video["length"] for video in chosen], default=0)
-            raise DataError(f"--frames {frames} --split {split}: the longest such video in {path}, which has "
-                            f"{' and '.join(self.splits)} videos, has {longest} frames")
+            raise DataError(f"--split {split} --frames {frames}: of the videos in {path} ({' and '.join(self.splits)}) "
+                            f"{len(chosen)} are in this split, the longest with {longest} frames")
         self.stride = read_index(Path(self.pixels.filename)).get("stride")
         windows = np.array([video["length"] - frames + 1 for video in self.videos])
         self.num_windows = int(windows.sum())
@@ -128,7 +128,7 @@ def random_generator(*key):
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((len(key), *key))))
 
 
-def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=False, stop=()):
+def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=False, stop=None):
     """Endless iterator over the batches of steps first_step, first_step + 1, ...
 
     Each is a uint8 tensor (b, f, h, w, 3) whose row for sample index i at step s is videos.clip(seed, s, i), and the
@@ -146,8 +146,9 @@ def batch_of_step(videos, sample_indices, seed, step):
     return np.stack(clips), list(labels)
 
 
-def in_processes(function, items, workers, stop=()):
-    """Yield function(item) for each of `items`, in order, computed by `workers` processes; `stop` ends the wait.
+def in_processes(function, items, workers, stop=None):
+    """Yield function(item) for each of `items`, in order, computed by `workers` processes. Once `stop` (an object whose
+    truth says that a signal came, None: signals end the process at once) is true, nothing is waited for any more.
 
     The death of a worker, or of this process, closes the worker's own pipe: the other side notices at once, even in the
     middle of a result. (DataLoader's workers share a pipe, which then blocks.) Raises DataError if a worker dies.
@@ -155,7 +156,8 @@ def in_processes(function, items, workers, stop=()):
     receivers = []
     for first in range(workers):
         pipe = receiver, sender = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.Process(target=work, args=(function, items[first::workers], *pipe), daemon=True)
+        arguments = function, items[first::workers], *pipe, stop is not None
+        process = multiprocessing.Process(target=work, args=arguments, daemon=True)
         process.start()
         multiprocessing.util.Finalize(receiver, process.kill, exitpriority=0)  # Python's exit waits for frozen ones
         sender.close()
@@ -167,14 +169,18 @@ def in_processes(function, items, workers, stop=()):
         try:
             yield receiver.recv()
         except (EOFError, OSError):
+            if stop:  # of which the worker has died, before it ignored signals
+                return
             raise DataError(f"a worker process died at {item}; is there too little memory?") from None
 
 
-def work(function, items, receiver, sender):
+def work(function, items, receiver, sender, ignores_signals):
     torch.set_num_threads(1)  # a forked process lacks the main process's threads, and would wait for them
     receiver.close()  # the main process's end, of which a forked process has a copy
-    for kind in (signal.SIGINT, signal.SIGTERM):  # these may go to all processes; the main one decides what they mean
-        signal.signal(kind, signal.SIG_IGN)
+    # Signals may go to all processes of a terminal or a job; what they mean is the main process's to decide.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for kind in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(kind, signal.SIG_IGN if ignores_signals else signal.SIG_DFL)
     with contextlib.suppress(BrokenPipeError):  # nobody wants the rest
         for item in items:
             sender.send(function(item))

@@ -95,11 +95,12 @@ class Diffusion:
 
     def timesteps(self, steps=None, eta=None):
         """-> [(t, s), ...]: `steps` (None: T) steps of sampling from t to s, evenly spaced from T - 1 down to 0, then
-        -1, which is x_0. Raises ValueError unless 1 <= steps <= T, all T where eta is None, and 0 <= eta <= 1."""
+        -1, which is x_0. eta: as in `sample`; None, ancestral sampling, takes all T. Raises ValueError for others."""
         steps = self.T if steps is None else steps
-        if not 1 <= steps <= self.T or (steps < self.T if eta is None else not 0 <= eta <= 1):
-            raise ValueError(f"{steps} sampling steps, eta {eta}: expected 1 to {self.T} steps, the diffusion steps, "
-                             "and eta from 0 to 1; without eta all of them")
+        if not 1 <= steps <= self.T or eta is None and steps < self.T:
+            raise ValueError(f"{steps} sampling steps: expected 1 to {self.T}, or, without eta, all {self.T}")
+        if eta is not None and not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}; expected a number from 0 to 1, or None")
         times = [self.T - 1 - round(i * (self.T - 1) / max(1, steps - 1)) for i in range(steps)]
         return list(zip(times, [*times[1:], -1]))
 

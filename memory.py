@@ -24,7 +24,7 @@ def fit_memory(args, net, device):
     a resumed run is tried first, as others change the last bits of sums. Raises UserError."""
     world_size, precision, given = processes()[2], choose_precision(device, args.precision), "grad_accum" in args.given
     share, about = args.batch_size // world_size, ""
-    # what is given is for all of the process, which has something already; the least, so that all choose the same
+    # --memory-gb is for the whole process, which has something already; the least of all: they must choose alike
     limit = min(gather(args.memory_gb * 2**30 - peak_memory(device) if args.memory_gb else 0.9 * free_memory(device)))
     recomputing = [args.grad_checkpoint] if args.grad_checkpoint or "grad_checkpoint" in args.given else [False, True]
     choices = [(parts, recompute) for recompute in recomputing for parts in range(1, share + 1) if share % parts == 0]

@@ -78,8 +78,8 @@ def load_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if {"step", "config", "unet", "ema"} <= ckpt.keys():
             return ckpt
-    raise UserError(f"{path} is no checkpoint of train.py, holds code, which is never run, or is damaged; "
-                    "train.py keeps the one before as ckpt_previous.pt")
+    raise UserError(f"{path} is no checkpoint of train.py, holds code, which is never run, or is damaged; train.py "
+                    "resumes from the one before, ckpt_previous.pt, if this one is deleted")
 
 
 def load_network(ckpt, device="cpu", *, weights="ema"):
@@ -194,7 +194,7 @@ def parse_args(argv=None):
     add("--eta", type=zero_to_one, help="of DDIM: from 0, no noise, to 1 (0, of streams 0.5)")
     add("--class", dest="label", metavar="NAME", help="class to draw (sample i has class i mod their number)")
     add("--guidance", type=non_negative_float, default=1.0, help="above 1: more like the class; 0: of no class (1)")
-    add("--condition", type=Path, metavar="CLIP", help="video (every n-th frame, as trained), or packed ones")
+    add("--condition", type=Path, metavar="CLIP", help="packed file, video or folder, read as by train.py --data")
     add("--condition-start", type=non_negative_int, default=0, metavar="N", help="the clip's frame that is frame 0 (0)")
     add("--given", metavar="FRAMES", help="frames to keep: a Python slice, 0:8, or several, 0:8,20:24")
     add("--condition-weight", type=non_negative_float, default=10.0, metavar="W",
@@ -264,7 +264,8 @@ def read_condition(args, trained_stride, causal):
     videos, frames = packed.videos[:args.num], args.condition_start + trained_stride // stride * np.array(numbers)
     shortest = min(video["length"] for video in videos)
     if shortest <= frames[-1]:
-        raise UserError(f"--given {args.given}: {args.condition} has {shortest} frames, none of number {frames[-1]}")
+        raise UserError(f"--given {args.given}, from --condition-start {args.condition_start} on: {args.condition} has "
+                        f"{shortest} frames, none of number {frames[-1]}")
     return numbers, [torch.from_numpy(packed.pixels[video["start"] + frames]) for video in videos]
 
 
@@ -279,14 +280,15 @@ def main():
     config, classes, causal = ckpt["config"], ckpt["config"]["classes"], net.config.causal
     window, overlap = fill_in(args, config, net.config)
     labels = [args.label or classes[i % len(classes)] for i in range(args.num)] if classes else None
-    given, clips = read_condition(args, config.get("data_stride", 1), causal) if args.given else ([], [])
+    join_processes()
+    read = functools.partial(read_condition, args, config.get("data_stride", 1), causal)
+    given, clips = rank_zero_first(read) if args.given else ([], [])
 
     # ---- NAME.npy.json says all that shapes the samples: by it the same command finds its file
     irrelevant = "ckpt", "batch_size", "compile", "out"
     request = {name: value for name, value in vars(args).items() if name not in irrelevant} | {
         "step": ckpt["step"], "device": device.type, "weights_sha256": digest(net.state_dict().values()),
         "labels": labels, "condition": args.condition and args.condition.name, "condition_sha256": digest(clips)}
-    join_processes()
     agree(request, "the processes read different checkpoints; start again once it is no longer being written")
     out, parts = rank_zero_first(functools.partial(claim_output, args, request))
     if out.exists():

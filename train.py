@@ -331,25 +331,28 @@ def save_checkpoint(step, state):
         torch.save({"step": step, "config": state.config, "unet": dataclasses.asdict(net.config),
                     "model": net.state_dict(), "ema": state.ema.state_dict(),
                     "optimizer": state.optimizer.state_dict()}, file)
-        with contextlib.suppress(OSError):  # there is none yet, or the file system has no hard links
+        if path.exists():
             path.with_name("ckpt_previous.pt").unlink(missing_ok=True)
-            os.link(path, path.with_name("ckpt_previous.pt"))
+            with contextlib.suppress(OSError):  # not every file system has hard links
+                os.link(path, path.with_name("ckpt_previous.pt"))
 
 
 def resume(state):
     """Load the checkpoint of a run, if there is one -> its step, or 0. Raises UserError for settings that must not
     change, and for a checkpoint that cannot be used."""
     args, path = state.args, state.args.out / "ckpt.pt"
+    path = path if path.exists() else path.with_name("ckpt_previous.pt")
     ckpt = load_checkpoint(path) if path.exists() else {"step": 0}
     agree(ckpt["step"], f"--out {args.out} holds different checkpoints on different machines; expected a shared folder")
     if ckpt["step"] == 0:
-        return 0
+        return 0  # nothing has been trained yet
 
     # ---- settings: the run may be older than a flag, or of a time when there were other losses
     saved, ours = DEFAULTS | ckpt["config"], state.config | {"loss": "l2"}
     changed = {name: f"{as_flag(name)} {shown(saved[name])} -> {shown(value)}"
                for name, value in ours.items() if saved.get(name, value) != value}
-    refused = [change for name, change in changed.items() if name not in MAY_CHANGE]
+    may_change = MAY_CHANGE if "data_fingerprint" in saved else MAY_CHANGE - {"data"}
+    refused = [change for name, change in changed.items() if name not in may_change]
     if refused:
         raise UserError(f"{args.out} holds another run: {'; '.join(refused)}; expected the same settings and videos, "
                         "or another --out")
@@ -424,8 +427,9 @@ MULTIPLE_OF_8 = number(int, "a multiple of 8", lambda n: n >= 8 and n % 8 == 0)
 # Each flag's default, what it is, and what it may be: a type, or choices. Those that are False are
 # switches, with a --no-FLAG as well: a resumed run has its own settings otherwise.
 FLAGS = {
-    "preset and data": {
-        "preset": (None, "column of Table 5 or data set of the later edition (the nearest), or tiny", PRESETS),
+    "what to train": {
+        "preset": (None, "column of Table 5 or data set of the later edition (the nearest), or tiny", PRESETS)},
+    "data": {
         "data": ("maze", "packed .npy file, folder of videos, or the embedded maze walks"),
         "split": ("train", "videos to train on; ucf101 presets: all", ("train", "test", "all")),
         "classes": (False, "class-conditional, by the data's labels: class folders, wall colours"),
@@ -440,8 +444,8 @@ FLAGS = {
         "head_dim": (64, "width of a temporal attention head", EVEN)},
     "temporal layers with SSMs": {
         "ssm": ("s4d", "of --temporal mamba: the paper's, or selective", SSMS),
-        "state_size": (512, "N, the paper's SSM hidden dims; of s6 16", EVEN),
-        "mlp_dim": (512, "hidden width; of gss 3 x channels, mamba: without", positive_int),
+        "state_size": (512, "N, the paper's SSM hidden dims; with --ssm s6: 16", EVEN),
+        "mlp_dim": (512, "hidden width; with gss: 3 x channels; with mamba: no MLP", positive_int),
         "mlp_layers": (2, "layers of the MLP (Table 3)", (0, 1, 2)),
         "mlp_position": ("post", "MLP after or before the SSM (Table 3)", ("post", "pre")),
         "unidirectional": (False, "leave the backward SSM out (Table 3)"),
@@ -497,7 +501,8 @@ TAKES = {"ssm": {"state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidire
 NOT_ALL_TAKE = set().union(*TAKES.values())
 
 # What may differ when a run is resumed: none of it shapes the network, and data are known by their fingerprint. Other
-# flags, where given, are part of the default --out's name: rows of the paper's tables do not share a folder.
+# flags, where given, are part of the default --out's name: rows of the paper's tables do not share a folder. (But
+# --frames and --size, which choose the preset that is in it.)
 MAY_CHANGE = {*FLAGS["speed and memory"], *FLAGS["output"], "steps", "lr", "grad_clip", "data"}
 
 
@@ -544,7 +549,7 @@ def parse_args(argv=None):
     if args.temporal in ("gss", "mamba"):
         args.mlp_dim = given.get("mlp_dim")  # their own defaults, not the preset's
     if args.ssm == "s6":
-        args.state_size = given.get("state_size")
+        args.state_size = given.get("state_size", 16)
     args.heads = args.heads or max(1, args.base_channels // 8)
     args.time_dim = args.time_dim or 32 * args.base_channels
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
