@@ -42,10 +42,8 @@ class Diffusion:
     """
 
     def __init__(self, T=256, device="cpu", prediction="eps"):
-        if T < 1:
-            raise ValueError(f"T is {T}; expected at least one diffusion step")
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction is {prediction!r}; expected one of {', '.join(PREDICTIONS)}")
+        if T < 1 or prediction not in PREDICTIONS:
+            raise ValueError(f"T {T}, prediction {prediction!r}; expected 1 or more, and one of {PREDICTIONS}")
         self.T, self.device, self.prediction = T, device, prediction
         betas = cosine_betas(T)
         alphas_cumprod = torch.cumprod(1 - betas, 0)                                        # ᾱ_t
