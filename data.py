@@ -178,8 +178,8 @@ def work(function, items, receiver, sender, ignores_signals):
     torch.set_num_threads(1)  # a forked process lacks the main process's threads, and would wait for them
     receiver.close()  # the main process's end, of which a forked process has a copy
     # Signals may go to all processes of a terminal or a job; what they mean is the main process's to decide.
-    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(kind, signal.SIG_IGN if ignores_signals or kind == signal.SIGINT else signal.SIG_DFL)
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if ignores_signals else (signal.SIGINT,):
+        signal.signal(kind, signal.SIG_IGN)
     with contextlib.suppress(BrokenPipeError):  # nobody wants the rest
         for item in items:
             sender.send(function(item))
