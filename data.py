@@ -281,7 +281,7 @@ def pack(source, out, size, workers=None, min_frames=1, stride=1, test_fraction=
     Every `stride`-th frame; shorter side resized to `size`, then cropped around the centre. What cannot be decoded, or
     has fewer than `min_frames` frames, is listed with the reason. Where there are no test videos, `test_fraction` makes
     those whose names have the lowest hashes such: videos that are added later move hardly any. workers: processes that
-    decode (two per core: some wait for that of a longer video). Raises OSError, DataError, also for no usable video.
+    decode (two per core, as results are taken in order). Raises OSError and DataError, also if no video is usable.
     """
     found = find_videos(Path(source))
     if test_fraction and not any(video["split"] == "test" for video in found):

@@ -102,9 +102,10 @@ def for_sampling(net, device, precision, compiled=False):
         for child in module.children():
             if isinstance(child, kinds) and not isinstance(module, S6):
                 child.to(torch.bfloat16)
-    if compiled:
-        compile_tails()  # no graphs of a stream, whose state changes from call to call
-    return cuda_graphs(net) if compiled and device.type == "cuda" and not net.config.causal else net
+    if not compiled:
+        return net
+    compile_tails()  # no graphs of a stream, whose state changes from call to call
+    return cuda_graphs(net) if device.type == "cuda" and not net.config.causal else net
 
 
 def cuda_graphs(net):
@@ -205,7 +206,7 @@ def parse_args(argv=None):
     add("--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: bf16 if native (auto)")
     add("--compile", action="store_true", help="torch.compile the elementwise work; a CUDA graph on CUDA")
     add("--device", help="cpu, cuda, cuda:1, mps (the best there is)")
-    add("--out", type=Path, help="file to write, on a disk that all machines share (samples_STEP.npy beside CKPT)")
+    add("--out", type=Path, help=".npy file to write, on a disk that all machines share (samples_STEP.npy beside CKPT)")
     args = parser.parse_args(argv)
     args.ckpt = args.ckpt / "ckpt.pt" if args.ckpt.is_dir() else args.ckpt
     args.num = args.num or (4 if args.ckpt.resolve() == ASSET else 16)

@@ -331,7 +331,7 @@ def save_checkpoint(step, state):
         torch.save({"step": step, "config": state.config, "unet": dataclasses.asdict(net.config),
                     "model": net.state_dict(), "ema": state.ema.state_dict(),
                     "optimizer": state.optimizer.state_dict()}, file)
-        if path.exists():
+        if path.exists():  # else the one before is the only one
             path.with_name("ckpt_previous.pt").unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not every file system has hard links
                 os.link(path, path.with_name("ckpt_previous.pt"))
@@ -536,9 +536,10 @@ def parse_args(argv=None):
     nearest = "ucf101-64" if size == 64 else "ucf101-32"
     if frames != 16:
         nearest = min(("minerl-64", "minerl-200", "minerl-400"), key=lambda name: abs(PRESETS[name]["frames"] - frames))
-    variant = [as_flag(name)[2:] + ("" if value is True else f"-{shown(value)}".replace(" ", "-")) for name, value
-               in sorted(explicit.items()) if name not in MAY_CHANGE | {"preset", "temporal", "frames", "size"}]
-    out = explicit.get("out") or Path("out", "-".join([explicit.get("preset", nearest), temporal, *variant]))
+    variant = [name if value is True else f"{name} {shown(value)}" for name, value in sorted(explicit.items())
+               if name not in MAY_CHANGE | {"preset", "temporal", "frames", "size"}]
+    folder = "-".join([explicit.get("preset", nearest), temporal, *variant]).replace("_", "-").replace(" ", "-")
+    out = explicit.get("out") or Path("out", folder)
     # of a run to be resumed; if its config.json is damaged, the flags have to be given again
     given = {name: value for name, value in read_json(out / "config.json").items() if name in DEFAULTS} | explicit
     is_nearest = "preset" not in given
