@@ -247,9 +247,9 @@ def fill_in(args, config, network):
     return window, overlap
 
 
-def read_condition(args, trained_stride, causal):
+def read_condition(args, config, causal):
     """--condition and --given -> the given frames' numbers, sorted, and these frames of each clip, uint8 (given, h, w,
-    3). Of a video file, as of those trained on, every `trained_stride`-th frame counts. Raises UserError, DataError."""
+    3). Every n-th frame counts, as in training (config["data_stride"]). Raises UserError, DataError."""
     try:
         slices = [[int(bound) if bound else None for bound in part.split(":")] for part in args.given.split(",")]
         numbers = sorted({i for start, stop, *step in slices for i in range(args.frames)[slice(start, stop, *step)]})
@@ -258,7 +258,7 @@ def read_condition(args, trained_stride, causal):
     if not 0 < len(numbers) < args.frames or causal and numbers != [*range(len(numbers))]:
         raise UserError(f"--given {args.given}: expected slices such as 0:8 or 0:8,20:24, of some, but not all, of the "
                         f"{args.frames} frames of a video (see --frames); a causal network takes the first ones only")
-    packed = PackedVideos(args.condition, 1, args.size, "all")
+    packed, trained_stride = PackedVideos(args.condition, 1, args.size, "all"), config.get("data_stride", 1)
     stride = packed.stride or trained_stride  # unknown, as sample.py writes it: as trained
     if trained_stride % stride:
         raise UserError(f"--condition {args.condition} has stride {stride}, training had {trained_stride}")
@@ -282,8 +282,7 @@ def main():
     window, overlap = fill_in(args, config, net.config)
     labels = [args.label or classes[i % len(classes)] for i in range(args.num)] if classes else None
     join_processes()
-    read = functools.partial(read_condition, args, config.get("data_stride", 1), causal)
-    given, clips = rank_zero_first(read) if args.given else ([], [])
+    given, clips = rank_zero_first(functools.partial(read_condition, args, config, causal)) if args.given else ([], [])
 
     # ---- NAME.npy.json says all that shapes the samples: by it the same command finds its file
     irrelevant = "ckpt", "batch_size", "compile", "out"
