@@ -34,6 +34,8 @@ def run(name, main, *told):
         if processes()[1]:  # the first process of each machine says it for all
             sys.exit(1)
         message = str(error)
+    except ModuleNotFoundError as error:
+        message = f"{error}; pip install {error.name}"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except (MemoryError, RuntimeError) as error:  # on a CPU PyTorch raises a plain RuntimeError
@@ -137,12 +139,8 @@ def join_processes(backend="gloo"):
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(days=1))
 
 
-def barrier():
-    gather(None)
-
-
 def gather(value):
-    """-> the values of all processes, by rank."""
+    """-> the values of all processes, by rank; waits for them."""
     values = [value] * processes()[2]
     if dist.is_initialized():
         dist.all_gather_object(values, value)

@@ -69,10 +69,9 @@ def open_videos(path, frames, size, split="train"):
     if path is not None and str(path) != "maze":
         return PackedVideos(path, frames, size, split)
     from mazes import MazeVideos  # here, so that this file alone reads videos
-    try:
-        return MazeVideos(frames, size, split)
-    except ValueError as error:
-        raise DataError(error) from None
+    if size < 8:
+        raise DataError(f"--size {size}: mazes have 8x8 pixels or more")
+    return MazeVideos(frames, size, split)
 
 
 class PackedVideos:
@@ -129,12 +128,9 @@ def random_generator(*key):
 
 
 def batches(videos, sample_indices, seed, first_step=0, workers=2, pin_memory=False, stop=None):
-    """Endless iterator over the batches of steps first_step, first_step + 1, ...
-
-    Each is a uint8 tensor (b, f, h, w, 3) whose row for sample index i at step s is videos.clip(seed, s, i), and the
-    list of the b labels, each a str or None. `workers` processes read one batch ahead each; 0: this one reads. Once
-    `stop` is true, nothing is waited for any more. Raises DataError if a process dies.
-    """
+    """Endless iterator over the batches of steps first_step, first_step + 1, ...: a uint8 tensor (b, f, h, w, 3), whose
+    row for sample index i at step s is videos.clip(seed, s, i), and the list of the b labels, each a str or None.
+    `workers` processes read one batch ahead each; 0: this one reads. See `in_processes` about `stop` and errors."""
     make_batch, steps = functools.partial(batch_of_step, videos, sample_indices, seed), range(first_step, 2**62)
     for clips, labels in in_processes(make_batch, steps, workers, stop) if workers else map(make_batch, steps):
         clips = torch.from_numpy(clips)
@@ -148,11 +144,9 @@ def batch_of_step(videos, sample_indices, seed, step):
 
 def in_processes(function, items, workers, stop=None):
     """Yield function(item) for each of `items`, in order, computed by `workers` processes. Once `stop` (an object whose
-    truth says that a signal came, None: signals end the process at once) is true, nothing is waited for any more.
-
-    The death of a worker, or of this process, closes the worker's own pipe: the other side notices at once, even in the
-    middle of a result. (DataLoader's workers share a pipe, which then blocks.) Raises DataError if a worker dies.
-    """
+    truth says that a signal came, None: signals end the process at once) is true, nothing is waited for any more. The
+    death of a worker, or of this process, closes the worker's own pipe: the other side notices at once, even in the
+    middle of a result. (DataLoader's workers share a pipe, which then blocks.) Raises DataError if a worker dies."""
     receivers = []
     for first in range(workers):
         pipe = receiver, sender = multiprocessing.Pipe(duplex=False)

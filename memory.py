@@ -1,12 +1,10 @@
-"""Memory: what a training or denoising step takes, what is free, and the micro-batches that follow."""
+"""Memory: what a training step takes, what is free, and the micro-batches that follow."""
 import functools
 import math
 import os
-import re
 import resource
 import sys
 import weakref
-from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,9 +26,8 @@ def fit_memory(args, net, device):
     limit = min(gather(args.memory_gb * 2**30 - peak_memory(device) if args.memory_gb else 0.9 * free_memory(device)))
     recomputing = [args.grad_checkpoint] if args.grad_checkpoint or "grad_checkpoint" in args.given else [False, True]
     choices = [(parts, recompute) for recompute in recomputing for parts in range(1, share + 1) if share % parts == 0]
-    if args.grad_accum and share % args.grad_accum == 0:
-        choices.insert(0, (args.grad_accum, args.grad_checkpoint))
-    for parts, recompute in choices:
+    known = [(args.grad_accum, args.grad_checkpoint)] if args.grad_accum and share % args.grad_accum == 0 else []
+    for parts, recompute in known + choices:
         if not given or args.dry_run:
             clips = share // parts, net.config.video_channels, args.frames, args.size, args.size
             takes = step_memory(net, clips, device, precision, recompute)
@@ -38,46 +35,31 @@ def fit_memory(args, net, device):
         if given or takes <= limit:
             break
     else:
-        raise UserError(f"a training step takes {about} that are free, with single clips; try a smaller --frames or "
-                        "--base-channels")
+        raise UserError(f"a training step takes {about}, with single clips; try a smaller --frames or --base-channels")
     args.grad_accum, args.grad_checkpoint = parts, recompute
     return (f"global batch {args.batch_size} = {world_size} processes x {parts} micro-batches of {share // parts} clips"
             f"{', recomputing blocks' if recompute else ''}; {device.type}, {precision}"
             f"{about and '; each process takes about ' + about}")
 
 
-def sampling_batch(net, shape, device, precision, gradient):
-    """-> how many videos to draw at once: 8 on a CPU and 32 on a GPU, where more are not faster, or as many as fit in
-    three quarters of what is free. shape: (b, c, f, h, w) of the network's input for one. gradient: whether a step
-    takes the input's gradient."""
-    fitting = 0.75 * free_memory(device) // step_peak(net.config, shape, device, precision, gradient)
-    return max(1, min(8 if device.type == "cpu" else 32, int(fitting)))
-
-
-def step_memory(net, clip_shape, device, precision="float32", grad_checkpoint=False):
-    """-> bytes that a training step takes for clips of `clip_shape` (b, c, f, h, w): parameters, gradients, Adam's two
+def step_memory(net, shape, device, precision="float32", grad_checkpoint=False):
+    """-> bytes that a training step takes for clips of `shape` (b, c, f, h, w): parameters, gradients, Adam's two
     moments and the EMA, as large each, and the most that the forward and backward pass holds besides. A tenth more
     stands for workspaces of PyTorch's kernels and fragmentation."""
-    peak = step_peak(net.config, clip_shape, device, precision, True, grad_checkpoint)
-    return 1.1 * (5 * 4 * count_parameters(net) + peak)
-
-
-def step_peak(config, shape, device, precision, backward, grad_checkpoint=False):
-    """-> bytes that a step on videos of `shape` (b, c, f, h, w) holds at most, beside parameters and gradients. In each
-    stage they grow evenly with the pixels of a frame: two small pictures are counted, and the lines extended."""
-    (b, c, f, h, w), settings = shape, (config, device, precision, backward, grad_checkpoint)
+    (b, c, f, h, w), config = shape, net.config
     unit = 2 ** (len(config.channel_mults) - 1)  # the network halves a picture so often
     # large enough for several chunks at the first level (s4d.in_chunks) on a CPU; one fills a GPU
     width = unit * math.ceil((4 if device.type == "cpu" else 1) * chunk_size(device) / (f * unit**2))
-    if b * h * w <= 2 * unit * width:
-        return max(counted_stages(shape, *settings))
-    smaller, larger = (counted_stages((1, c, f, unit, times * width), *settings) for times in (1, 2))
+    # Each stage grows evenly with the pixels of a frame: two small pictures are counted, and the lines extended.
+    shapes = [(1, c, f, unit, n * width) for n in (1, 2)] if b * h * w > 2 * unit * width else [shape, shape]
+    smaller, larger = (counted_stages(one, config, device, precision, grad_checkpoint) for one in shapes)
     further = b * h * w / (unit * width) - 1
-    return max(small + further * (large - small) for small, large in zip(smaller, larger))
+    peak = max(small + further * (large - small) for small, large in zip(smaller, larger))
+    return 1.1 * (5 * 4 * count_parameters(net) + peak)
 
 
 @functools.cache
-def counted_stages(shape, config, device, precision, backward, grad_checkpoint):
+def counted_stages(shape, config, device, precision, grad_checkpoint):
     """-> what each stage of a step holds at most, from one block to the next, counted on tensors without data."""
     with FakeTensorMode(), torch.device("cuda" if device.type == "cuda" else "cpu"), LiveMemory() as memory, \
             torch.backends.cudnn.flags(enabled=False):
@@ -90,11 +72,10 @@ def counted_stages(shape, config, device, precision, backward, grad_checkpoint):
             block.register_forward_pre_hook(lambda *_: memory.peaks.append(memory.live))  # also when it is recomputed
         x, t = torch.empty(shape), torch.empty(shape[0], dtype=torch.long)
         memory.live, memory.peaks = 0, [0]
-        with autocast(device, precision), torch.set_grad_enabled(backward):
+        with autocast(device, precision):
             loss = (net(x, t).float() - x).square().mean()
         memory.peaks.append(memory.live)
-        if backward:
-            loss.backward()
+        loss.backward()
     return memory.peaks
 
 
@@ -128,17 +109,7 @@ def peak_memory(device):
 
 
 def free_memory(device):
-    """In bytes, for this process: what a GPU has left; or its part of what the machine has, or the control group (of a
-    container, of a Slurm job) that it is in."""
+    """In bytes, for this process: what a GPU has left; elsewhere its part of three quarters of the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if sys.platform == "darwin":
-        free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
-    else:
-        free = [1024 * int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])]
-        group = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text().split(":")[-1].strip().lstrip("/"))
-        for limit in [folder / "memory.max" for folder in (group, *group.parents)]:
-            if limit.exists() and limit.read_text() != "max\n":
-                used = re.search(r"anon (\d+)", limit.with_name("memory.stat").read_text())[1]  # files can be dropped
-                free.append(int(limit.read_text()) - int(used))
-    return min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 0.75 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -35,12 +35,11 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from command import (Parser, UserError, agree, atomic_write, autocast, barrier, choose_device, choose_precision, gist,
-                     join_processes, non_negative_float, non_negative_int, plural, positive_int, processes,
+from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, choose_precision, gather,
+                     gist, join_processes, non_negative_float, non_negative_int, plural, positive_int, processes,
                      rank_zero_first, rank_zero_print, run, zero_to_one)
 from data import DataError, PackedVideos, read_json, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance
-from memory import sampling_batch
 from model import UNet3D, UNetConfig, compile_tails
 from s4d import S6, cached_kernels, streaming
 
@@ -71,15 +70,13 @@ def draw(net, sampler, shape, generators, x_a=None, given=(), window=None, overl
 
 
 def load_checkpoint(path):
-    """Map a checkpoint, or a run's folder's, into memory, without running any code that might be in it -> dict, as
-    train.py saved it. Raises UserError, or OSError if it cannot be read."""
+    """Map a checkpoint, or that of a run's folder, into memory; never runs code -> dict. Raises UserError, OSError."""
     path = Path(path, "ckpt.pt") if Path(path).is_dir() else Path(path)
     with open(path, "rb"), contextlib.suppress(Exception):  # torch raises all sorts for other files
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if {"step", "config", "unet", "ema"} <= ckpt.keys():
             return ckpt
-    raise UserError(f"{path} is no checkpoint of train.py, holds code, which is never run, or is damaged; train.py "
-                    "resumes from the one before, ckpt_previous.pt, if this one is deleted")
+    raise UserError(f"{path} is no checkpoint of train.py, holds code, which is never run, or is damaged; take another")
 
 
 def load_network(ckpt, device="cpu", *, weights="ema"):
@@ -154,7 +151,6 @@ def save_gif(path, videos, given=(), fps=10):
 def save_mp4(path, videos, given=(), fps=10):
     """The same as H.264, all frames."""
     import av  # here, so that train.py and bench.py work without it
-
     height, width = (side // 2 * 2 for side in grid(videos, [0]).shape[:2])  # H.264 wants even ones
     with atomic_write(path) as file, av.open(file, "w", format="mp4") as container:
         # without x264's macroblock tree, and in one thread: else the same frames give other bytes each time
@@ -186,7 +182,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--ckpt", type=Path, default=newest, help="checkpoint, or its folder (newest in out/, else assets/stream.pt)")
     add("--num", "--num-samples", type=positive_int, help="videos (16, of assets/ 4); under torchrun: --num-samples")
-    add("--batch-size", type=positive_int, help="videos drawn at once by each process (as memory allows)")
+    add("--batch-size", type=positive_int, help="videos drawn at once by each process (up to 8, on a GPU 32)")
     add("--seed", type=non_negative_int, default=0, help="sample i is a function of the seed and i (0)")
     add("--frames", type=positive_int, help="frames per video (as trained)")
     add("--size", type=positive_int, help="height and width (as trained)")
@@ -285,10 +281,10 @@ def main():
     given, clips = rank_zero_first(functools.partial(read_condition, args, config, causal)) if args.given else ([], [])
 
     # ---- NAME.npy.json says all that shapes the samples: by it the same command finds its file
-    irrelevant = "ckpt", "batch_size", "compile", "out"
-    request = {name: value for name, value in vars(args).items() if name not in irrelevant} | {
-        "step": ckpt["step"], "device": device.type, "weights_sha256": digest(net.state_dict().values()),
-        "labels": labels, "condition": args.condition and args.condition.name, "condition_sha256": digest(clips)}
+    request = {key: value for key, value in vars(args).items() if key not in ("ckpt", "batch_size", "compile", "out")}
+    request |= {"step": ckpt["step"], "device": device.type, "weights_sha256": digest(net.state_dict().values()),
+                "condition": args.condition and args.condition.name, "condition_sha256": digest(clips),
+                "labels": labels}
     agree(request, "the processes read different checkpoints; start again once it is no longer being written")
     out, parts = rank_zero_first(functools.partial(claim_output, args, request))
     if out.exists():
@@ -298,9 +294,8 @@ def main():
                     f"{args.sampler} in {args.sampling_steps or 'all'} steps, to {out}")
 
     # ---- process r of n takes the samples r, r + n, ...; an interrupted batch is drawn again whole
-    by_gradient = args.condition_weight > 0 and not causal and bool(given or args.window)
-    x_shape = (1 if args.guidance == 1 else 2, 3, window, args.size, args.size)  # 2: with the class, and without
-    batch_size = args.batch_size or sampling_batch(net, x_shape, device, args.precision, by_gradient)
+    largest, positions = (8, 2 ** 15) if device.type == "cpu" else (32, 2 ** 18)  # more at once are not faster
+    batch_size = args.batch_size or max(1, min(largest, positions // (window * args.size ** 2)))
     files, mine = [parts / f"{i:07d}" for i in range(args.num)], range(rank, args.num, world_size)
     batches = [mine[first:first + batch_size] for first in range(0, len(mine), batch_size)]
     batches = [batch for batch in batches if not all(files[i].exists() for i in batch)]
@@ -327,7 +322,7 @@ def main():
                 videos = draw(guided, sampler, (3, args.frames, args.size, args.size), generators, x_a, given, window,
                               overlap)
                 write_samples([files[i] for i in batch], [videos])
-    barrier()
+    gather("done")
     if rank == 0:
         write_results(out, files, (args.frames, args.size, args.size, 3), given)
 

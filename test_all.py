@@ -833,23 +833,11 @@ def test_a_signal_to_the_whole_process_group_loses_nothing(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
-def test_a_stop_while_samples_are_drawn_leaves_them_out(tmp_path, monkeypatch):
-    taken = []
-
-    def sampled(self, net, shape, generators, progress, **sampler):
-        for step in progress(range(1000)):
-            taken.append(step)
-            signal.raise_signal(signal.SIGTERM)
-        return torch.zeros(shape)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Diffusion, "sample", sampled)
+def test_a_second_signal_interrupts_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(Diffusion, "sample", lambda *_, **__: [signal.raise_signal(signal.SIGTERM) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
         run_train("--steps", 4, "--out", tmp_path)  # samples are due after 2
-    assert taken == [0] and read_log(tmp_path)[-1]["step"] == 2 and not list((tmp_path / "samples").iterdir())
-    run_train("--steps", 4, "--out", tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # a second one ends it at once
-        patch.setattr(Diffusion, "sample", lambda *_, **__: [signal.raise_signal(signal.SIGTERM) for _ in range(2)])
-        run_train("--steps", 6, "--out", tmp_path)
+    assert read_log(tmp_path)[-1]["step"] == 1 and not (tmp_path / "ckpt.pt").exists()
 
 
 def test_a_stop_ends_the_wait_for_a_batch_and_saves_the_last_step(trained, tmp_path, monkeypatch):
@@ -886,8 +874,7 @@ def test_a_kill_between_any_file_operations_loses_nothing(trained, half_trained,
         return wrapped
 
     monkeypatch.setattr(os, "replace", killing(os.replace))
-    monkeypatch.setattr(os, "link", killing(os.link))
-    monkeypatch.setattr(Path, "unlink", killing(Path.unlink, counts=0))  # always before a link or after a replacement
+    monkeypatch.setattr(Path, "unlink", killing(Path.unlink, counts=0))  # always after a replacement
     monkeypatch.setattr(train, "write_record", killing(train.write_record))
     monkeypatch.setattr(torch, "save", killing(torch.save, lambda ckpt, file: file.write(b"half a checkpoint")))
     for kills in itertools.count():
@@ -898,7 +885,7 @@ def test_a_kill_between_any_file_operations_loses_nothing(trained, half_trained,
         except Killed:
             pass
     assert_same_run(out, trained)
-    assert kills == 7, "config, log, its next line, checkpoint begun and whole, its predecessor, a picture"
+    assert kills == 6, "config, log, its next line, checkpoint begun and whole, a picture"
 
 
 def test_what_must_not_change_is_refused(run_folder):
@@ -915,7 +902,7 @@ def test_what_must_not_change_is_refused(run_folder):
     assert (run_folder / "ckpt.pt").read_bytes() == before
 
 
-def test_a_run_resumes_from_its_folder_alone(run_folder, monkeypatch, capsys):
+def test_a_run_resumes_from_its_folder_alone(run_folder, monkeypatch):
     monkeypatch.setattr(memory, "step_memory", lambda *args: 0)
     config = (run_folder / "config.json").read_bytes()
     args = train.parse_args(["--out", str(run_folder)])
@@ -930,18 +917,9 @@ def test_a_run_resumes_from_its_folder_alone(run_folder, monkeypatch, capsys):
     with pytest.raises(UserError, match="the optimiser.s state"):  # as the one in assets/
         run_train("--out", run_folder, "--steps", 6, defaults=[])
     os.truncate(run_folder / "ckpt.pt", 1000)
-    with pytest.raises(UserError, match="ckpt_previous.pt"):
+    with pytest.raises(UserError, match="is damaged"):
         run_train("--out", run_folder, "--steps", 6, defaults=[])
-    (run_folder / "ckpt.pt").unlink()
-    for steps in (5, 6):  # at the first save, which fails, the one before is still there
-        capsys.readouterr()
-        with contextlib.nullcontext() if steps == 6 else pytest.raises(OSError), monkeypatch.context() as patch:
-            if steps == 5:
-                patch.setattr(torch, "save", lambda *_: patch.setattr("os.fsync", lambda _: open("/full/disk")))
-            run_train("--out", run_folder, "--steps", steps, defaults=[])
-        assert "resuming from step 4" in capsys.readouterr().out
-    for path in run_folder.glob("ckpt*"):  # killed before its first checkpoint
-        path.unlink()
+    (run_folder / "ckpt.pt").unlink()  # killed before its first checkpoint
     assert train.parse_args(["--out", str(run_folder)]).frames == 5
 
 
@@ -1081,7 +1059,7 @@ def test_fvd_in_training(tmp_path, monkeypatch):
     """Of the EMA weights' samples against training clips; a network that takes the mean colour stands for I3D."""
     monkeypatch.setattr(fvd, "load_i3d", lambda path, device: None)
     monkeypatch.setattr(fvd, "CLASSES", 3)
-    monkeypatch.setattr(fvd, "i3d_features", lambda net, videos: torch.from_numpy(videos).float().mean((1, 2, 3)))
+    monkeypatch.setattr(fvd, "i3d_features", lambda net, videos, **_: torch.from_numpy(videos).float().mean((1, 2, 3)))
     run_train("--steps", 2, "--frames", 9, "--fvd-every", 1, "--fvd-videos", 4, "--out", tmp_path, *NO_SAMPLES)
     values = [record["fvd"] for record in read_log(tmp_path) if "fvd" in record]
     with autocast(torch.device("cpu"), "float32"):
@@ -1115,7 +1093,7 @@ def test_presets_and_explicit_flags():
     assert (variant.out, variant.state_size) == (Path("out/minerl-64-mamba-channel-mults-1-2-seed-3-ssm-s6"), 16)
     args = train.parse_args(["--preset", "carla-256"])
     assert (args.frames, args.batch_size, args.steps, args.lr, args.ema_decay) == (256, 8, 100_000, 1e-4, 0.9999)
-    assert "mazes" in train.describe(args, torch.nn.Linear(1, 1)).splitlines()[0], "as nothing else was given"
+    assert "data maze" in train.describe(args, torch.nn.Linear(1, 1)).splitlines()[0], "as nothing else was given"
 
 
 RESULTS = (HERE / "results" / "README.md").read_text("utf-8")
@@ -1192,12 +1170,10 @@ def test_sample_writes_what_data_reads(small_checkpoint, tmp_path, monkeypatch, 
     assert_drawn(path.with_stem("samples_0000001_2"), small_checkpoint, Diffusion(4).sample)
     with pytest.raises(UserError, match="belongs to other samples"):
         run_sample(monkeypatch, "--num", 3, "--out", path)
-    # a damaged checkpoint, and the intact one before it
-    Path("out/a run/ckpt.pt").rename("out/a run/ckpt_previous.pt")
+    assert sample.load_network("out/a run", "cpu").config.base_channels == 8
     Path("out/a run/ckpt.pt").write_text("text")
-    with pytest.raises(UserError, match="ckpt_previous.pt"):
+    with pytest.raises(UserError, match="is damaged"):
         sample.load_network("out/a run")
-    assert sample.load_network("out/a run/ckpt_previous.pt", "cpu").config.base_channels == 8
 
 
 def test_without_a_run_the_small_checkpoint_is_drawn_from(small_checkpoint, tmp_path, monkeypatch):
@@ -1879,10 +1855,9 @@ def test_fewer_videos_than_features():
     # from the data, without any covariance: C1^1/2 C2^1/2 has the singular values of X Y^T / sqrt((n - 1)(m - 1))
     cross = np.linalg.svd(xc @ yc.T, compute_uv=False).sum() / math.sqrt(59 * 89)
     exact = ((x.mean(0) - y.mean(0)) ** 2).sum() + (xc ** 2).sum() / 59 + (yc ** 2).sum() / 89 - 2 * cross
-    with pytest.warns(UserWarning):
-        for unit in (1e-6, 1, 1e6):
-            assert abs(fvd.fvd(x * unit, y * unit) / unit ** 2 - exact) <= 1e-9 * exact
-            assert 0 <= fvd.fvd(x * unit, x * unit) <= 1e-9 * exact * unit ** 2
+    for unit in (1e-6, 1, 1e6):
+        assert abs(fvd.fvd(x * unit, y * unit) / unit ** 2 - exact) <= 1e-9 * exact
+        assert 0 <= fvd.fvd(x * unit, x * unit) <= 1e-9 * exact * unit ** 2
 
 
 def test_weights_are_arrays_whose_hash_is_known(tmp_path, monkeypatch):
@@ -1902,7 +1877,7 @@ def test_weights_are_arrays_whose_hash_is_known(tmp_path, monkeypatch):
                          (np.array([Code()]), True)]:
         file.write_bytes(pickle.dumps(other))
         monkeypatch.setattr(fvd, "I3D_SHA256", hashlib.sha256(file.read_bytes()).hexdigest() if right else "0")
-        with pytest.raises(fvd.FVDError, match="weight|numpy" if right else "not opened"):
+        with pytest.raises(fvd.FVDError, match="no weights of I3D" if right else "not opened"):
             fvd.load_i3d()
         assert not Path("executed").exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -1981,7 +1956,6 @@ def test_the_result_is_that_of_the_features_and_says_everything(fvd_command, mon
     others = [fvd_command(flags, out=f"{i}.json") for i, flags in enumerate(
         ("--window random", "--resize half-pixel", "--range 01", "--num-real 11", "--num-fake 8"))]
     assert len({other["fvd"] for other in (result, *others)}) == 6  # whatever the cache holds
-    assert fvd_command("--num-real 3", out="few.json")["floor"] is None, "3 videos have no halves"
     sets = [one["request"][name]["clips_sha256"] for one in (result, others[0], others[3]) for name in ("real", "fake")]
     assert len(set(sets)) == 4, "of one number and length, but of other contents"
     monkeypatch.setitem(fvd.PROTOCOLS["paper, MineRL"], "num_fake", 5)

