@@ -11,7 +11,7 @@
 Glossary
     video    uint8 (frames, height, width, 3), RGB, 0..255. That is a video's shape everywhere outside the network;
              inside it is float32 (b, c, f, h, w) in [-1, 1]. `to_float` and `to_uint8` are the only two ways across.
-    clip     `frames` consecutive frames of one video, a window of it: what the network is trained on
+    clip     `frames` consecutive frames of one video, from anywhere in it: what the network is trained on
     key      non-negative integers that name a clip, such as (seed, step, sample index). A clip is a function of its
              key alone, so neither the number of processes, nor of workers, nor a restart changes what is trained on.
     label    what a video shows, in words: the name of its class folder, a maze's main colour; None if it has none
@@ -75,10 +75,10 @@ def open_videos(path, frames, size, split="train"):
 
 
 class PackedVideos:
-    """Clips of packed videos, memory-mapped; every window of every video of the split is equally likely.
+    """Clips of packed videos, memory-mapped; every clip of every video of the split is equally likely.
 
     path: what `read_videos` takes. Attributes: splits, those that the file has; videos, the index entries of the
-    split's long enough videos; num_too_short; num_windows; stride, every how many frames one was packed, or None.
+    split's long enough videos; num_too_short; num_clips; stride, every how many frames one was packed, or None.
     Raises DataError if there are none, or of another size.
     """
 
@@ -96,9 +96,9 @@ class PackedVideos:
             raise DataError(f"--split {split} --frames {frames}: of the videos in {path} ({' and '.join(self.splits)}) "
                             f"{len(chosen)} are in this split, the longest with {longest} frames")
         self.stride = read_index(Path(self.pixels.filename)).get("stride")
-        windows = np.array([video["length"] - frames + 1 for video in self.videos])
-        self.num_windows = int(windows.sum())
-        self.first_windows = np.cumsum(windows) - windows  # of each video, counted over all of them
+        clips = np.array([video["length"] - frames + 1 for video in self.videos])
+        self.num_clips = int(clips.sum())
+        self.first_clips = np.cumsum(clips) - clips  # the number of each video's first one, counted over all of them
 
     @functools.cached_property
     def fingerprint(self):
@@ -109,9 +109,9 @@ class PackedVideos:
 
     def clip_and_label(self, *key):
         """key: non-negative integers -> uint8 (frames, size, size, 3), and the label of the video it is cut from."""
-        window = random_generator(*key).integers(self.num_windows)
-        number = np.searchsorted(self.first_windows, window, side="right") - 1
-        start = self.videos[number]["start"] + window - self.first_windows[number]
+        clip = random_generator(*key).integers(self.num_clips)
+        number = np.searchsorted(self.first_clips, clip, side="right") - 1
+        start = self.videos[number]["start"] + clip - self.first_clips[number]
         return np.array(self.pixels[start:start + self.frames]), self.videos[number]["label"]
 
     def clip(self, *key):

@@ -1159,7 +1159,7 @@ def test_sample_writes_what_data_reads(small_checkpoint, tmp_path, monkeypatch, 
     path = Path("out/a run/samples_0000001.npy")
     videos = np.load(path)
     assert videos.shape == (3, 9, 16, 16, 3) and videos.dtype == np.uint8
-    assert data.PackedVideos(path, frames=9, size=16).num_windows == 3
+    assert data.PackedVideos(path, frames=9, size=16).num_clips == 3
     assert [len(data.decode(path.with_suffix(kind), 16)[0]) for kind in (".gif", ".mp4")] == [9, 9]
     assert json.loads(path.with_name(path.name + ".json").read_text())["step"] == 1
     Image.open(path.with_suffix(".png")).load()
@@ -1464,7 +1464,7 @@ def test_maze_walks_are_a_function_of_their_key():
 
 def test_every_window_is_equally_likely_and_none_crosses_a_boundary(three_videos):
     videos = data.PackedVideos(three_videos, frames=4, size=8)
-    assert videos.num_windows == 7 + 2 and videos.num_too_short == 1
+    assert videos.num_clips == 7 + 2 and videos.num_too_short == 1
     levels = np.stack([videos.clip(0, i)[:, 0, 0, 0] for i in range(1800)]).astype(int)
     assert (np.diff(levels) == 1).all(), "consecutive frames of one video"
     first, counts = np.unique(levels[:, 0], return_counts=True)
@@ -1696,7 +1696,7 @@ def test_a_json_file_beside_an_array_is_its_index_or_changes_nothing(is_index, n
     (tmp_path / name).write_text(json.dumps(content))
     with contextlib.nullcontext() if windows else pytest.raises(data.DataError):
         videos = data.open_videos(path, 4, 8)
-        assert (videos.num_windows, videos.stride, videos.clip_and_label(0)[1]) == (windows, None, None)
+        assert (videos.num_clips, videos.stride, videos.clip_and_label(0)[1]) == (windows, None, None)
     assert isinstance(data.decode(path, 8)[0], str) == is_index, "what is packed already is not packed again"
 
 

@@ -263,7 +263,7 @@ def open_data(args):
     """-> (training videos, held-out videos, a line about both). Raises DataError."""
     videos, about = open_videos(args.data, args.frames, args.size, args.split), "embedded maze walks"
     if args.data != "maze":
-        about = (f"{args.data}: {plural(videos.num_windows, 'clip')} of {plural(args.frames, 'frame')} from "
+        about = (f"{args.data}: {plural(videos.num_clips, 'clip')} of {plural(args.frames, 'frame')} from "
                  f"{plural(len(videos.videos), 'video')}, {videos.num_too_short} too short left out")
     if args.split == "train" and "test" in videos.splits:
         with contextlib.suppress(DataError):  # test videos may all be too short
