@@ -34,8 +34,6 @@ def run(name, main, *told):
         if processes()[1]:  # the first process of each machine says it for all
             sys.exit(1)
         message = str(error)
-    except ModuleNotFoundError as error:
-        message = f"{error}; pip install {error.name}"
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except (MemoryError, RuntimeError) as error:  # on a CPU PyTorch raises a plain RuntimeError

@@ -69,9 +69,10 @@ def open_videos(path, frames, size, split="train"):
     if path is not None and str(path) != "maze":
         return PackedVideos(path, frames, size, split)
     from mazes import MazeVideos  # here, so that this file alone reads videos
-    if size < 8:
-        raise DataError(f"--size {size}: mazes have 8x8 pixels or more")
-    return MazeVideos(frames, size, split)
+    try:
+        return MazeVideos(frames, size, split)
+    except ValueError as error:
+        raise DataError(error) from None
 
 
 class PackedVideos:

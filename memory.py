@@ -1,4 +1,4 @@
-"""Memory: what a training step takes, what is free, and the micro-batches that follow."""
+"""Memory: what a training step takes, what it may take, and the micro-batches that follow."""
 import functools
 import math
 import os
@@ -35,7 +35,7 @@ def fit_memory(args, net, device):
         if given or takes <= limit:
             break
     else:
-        raise UserError(f"a training step takes {about}, with single clips; try a smaller --frames or --base-channels")
+        raise UserError(f"a step takes {about}, with single clips; try a smaller --frames, or more with --memory-gb")
     args.grad_accum, args.grad_checkpoint = parts, recompute
     return (f"global batch {args.batch_size} = {world_size} processes x {parts} micro-batches of {share // parts} clips"
             f"{', recomputing blocks' if recompute else ''}; {device.type}, {precision}"

@@ -76,7 +76,7 @@ def load_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if {"step", "config", "unet", "ema"} <= ckpt.keys():
             return ckpt
-    raise UserError(f"{path} is no checkpoint of train.py, holds code, which is never run, or is damaged; take another")
+    raise UserError(f"{path} is no checkpoint of train.py, holds code, which is never run, or is damaged")
 
 
 def load_network(ckpt, device="cpu", *, weights="ema"):
@@ -294,7 +294,7 @@ def main():
                     f"{args.sampler} in {args.sampling_steps or 'all'} steps, to {out}")
 
     # ---- process r of n takes the samples r, r + n, ...; an interrupted batch is drawn again whole
-    largest, positions = (8, 2 ** 15) if device.type == "cpu" else (32, 2 ** 18)  # more at once are not faster
+    largest, positions = (8, 2 ** 15) if device.type == "cpu" else (32, 2 ** 18)  # more are hardly faster
     batch_size = args.batch_size or max(1, min(largest, positions // (window * args.size ** 2)))
     files, mine = [parts / f"{i:07d}" for i in range(args.num)], range(rank, args.num, world_size)
     batches = [mine[first:first + batch_size] for first in range(0, len(mine), batch_size)]

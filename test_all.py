@@ -833,11 +833,19 @@ def test_a_signal_to_the_whole_process_group_loses_nothing(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
-def test_a_second_signal_interrupts_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(Diffusion, "sample", lambda *_, **__: [signal.raise_signal(signal.SIGTERM) for _ in range(2)])
-    with pytest.raises(KeyboardInterrupt):
-        run_train("--steps", 4, "--out", tmp_path)  # samples are due after 2
-    assert read_log(tmp_path)[-1]["step"] == 1 and not (tmp_path / "ckpt.pt").exists()
+def test_a_stop_waits_for_samples_and_a_second_one_does_not(trained, tmp_path, monkeypatch):
+    def stopping(*args, signals, sampled=Diffusion.sample, **settings):
+        for _ in range(signals):
+            signal.raise_signal(signal.SIGTERM)
+        return sampled(*args, **settings)
+
+    for signals, step in ((2, 1), (1, 2)):  # samples are due after 2
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(Diffusion, "sample", functools.partialmethod(stopping, signals=signals))
+            run_train("--steps", 4, "--out", tmp_path)
+        assert read_log(tmp_path)[-1]["step"] == step and (tmp_path / "ckpt.pt").exists() == (signals == 1)
+    run_train("--steps", 4, "--out", tmp_path)
+    assert_same_run(tmp_path, trained)
 
 
 def test_a_stop_ends_the_wait_for_a_batch_and_saves_the_last_step(trained, tmp_path, monkeypatch):
@@ -916,6 +924,12 @@ def test_a_run_resumes_from_its_folder_alone(run_folder, monkeypatch):
     torch.save({name: ckpt[name] for name in ("step", "config", "unet", "ema")}, run_folder / "ckpt.pt")
     with pytest.raises(UserError, match="the optimiser.s state"):  # as the one in assets/
         run_train("--out", run_folder, "--steps", 6, defaults=[])
+    torch.save(ckpt, run_folder / "ckpt.pt")
+    before = (run_folder / "ckpt.pt").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="ckpt.pt cannot be written"):
+        patch.setattr(torch, "save", lambda *_: patch.setattr("os.fsync", lambda _: open("/full/disk")))
+        run_train("--out", run_folder, "--steps", 6, defaults=[])
+    assert (run_folder / "ckpt.pt").read_bytes() == before
     os.truncate(run_folder / "ckpt.pt", 1000)
     with pytest.raises(UserError, match="is damaged"):
         run_train("--out", run_folder, "--steps", 6, defaults=[])
@@ -1058,7 +1072,6 @@ def test_two_processes_are_one(trained, tmp_path):
 def test_fvd_in_training(tmp_path, monkeypatch):
     """Of the EMA weights' samples against training clips; a network that takes the mean colour stands for I3D."""
     monkeypatch.setattr(fvd, "load_i3d", lambda path, device: None)
-    monkeypatch.setattr(fvd, "CLASSES", 3)
     monkeypatch.setattr(fvd, "i3d_features", lambda net, videos, **_: torch.from_numpy(videos).float().mean((1, 2, 3)))
     run_train("--steps", 2, "--frames", 9, "--fvd-every", 1, "--fvd-videos", 4, "--out", tmp_path, *NO_SAMPLES)
     values = [record["fvd"] for record in read_log(tmp_path) if "fvd" in record]
@@ -1462,7 +1475,7 @@ def test_maze_walks_are_a_function_of_their_key():
     assert labels == set(data.class_names(None)) == set(mazes.COLOUR_NAMES)
 
 
-def test_every_window_is_equally_likely_and_none_crosses_a_boundary(three_videos):
+def test_every_clip_is_equally_likely_and_none_crosses_a_boundary(three_videos):
     videos = data.PackedVideos(three_videos, frames=4, size=8)
     assert videos.num_clips == 7 + 2 and videos.num_too_short == 1
     levels = np.stack([videos.clip(0, i)[:, 0, 0, 0] for i in range(1800)]).astype(int)
@@ -1683,7 +1696,7 @@ def index_of(*pieces):
         {"name": "x", "start": start, "length": length, "label": None, "split": "train"} for start, length in pieces]}
 
 
-@pytest.mark.parametrize("is_index, name, content, windows", [
+@pytest.mark.parametrize("is_index, name, content, clips", [
     *[(False, "clip.json", content, 9) for content in (
         {"videos": ["a.mp4"]}, {"videos": [{"name": "x", "length": 12}]}, [1], {"size": 8, "skipped": [], "videos": 3},
         {"caption": "a dog", "stride": "long"})],
@@ -1691,12 +1704,12 @@ def index_of(*pieces):
     (True, "clip.json", index_of((0, 12)), 9), (True, "clip.json", index_of((0, 5), (5, 7)), 2 + 4),
     *[(True, "clip.json", index_of(*pieces), None) for pieces in (
         [(4, 12)], [(99, 12)], [(0, 13)])]])
-def test_a_json_file_beside_an_array_is_its_index_or_changes_nothing(is_index, name, content, windows, tmp_path):
+def test_a_json_file_beside_an_array_is_its_index_or_changes_nothing(is_index, name, content, clips, tmp_path):
     path = write_npy(tmp_path / "clip.npy", 12)
     (tmp_path / name).write_text(json.dumps(content))
-    with contextlib.nullcontext() if windows else pytest.raises(data.DataError):
+    with contextlib.nullcontext() if clips else pytest.raises(data.DataError):
         videos = data.open_videos(path, 4, 8)
-        assert (videos.num_clips, videos.stride, videos.clip_and_label(0)[1]) == (windows, None, None)
+        assert (videos.num_clips, videos.stride, videos.clip_and_label(0)[1]) == (clips, None, None)
     assert isinstance(data.decode(path, 8)[0], str) == is_index, "what is packed already is not packed again"
 
 
@@ -1877,7 +1890,7 @@ def test_weights_are_arrays_whose_hash_is_known(tmp_path, monkeypatch):
                          (np.array([Code()]), True)]:
         file.write_bytes(pickle.dumps(other))
         monkeypatch.setattr(fvd, "I3D_SHA256", hashlib.sha256(file.read_bytes()).hexdigest() if right else "0")
-        with pytest.raises(fvd.FVDError, match="no weights of I3D" if right else "not opened"):
+        with pytest.raises(fvd.FVDError, match="cannot be used" if right else "not opened"):
             fvd.load_i3d()
         assert not Path("executed").exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -3,7 +3,6 @@
     python train.py --preset tiny                                         # embedded mazes, minutes on a laptop CPU
     torchrun --nproc-per-node 8 train.py --temporal ssm --frames 400      # the paper's 400-frame column, on mazes
     torchrun --nproc-per-node 8 train.py --preset minerl-64 --data minerl.npy --temporal attention
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --frames 200
     python train.py --preset tiny --classes                               # class-conditional: mazes by wall colour
     python train.py --preset tiny --causal                                # for streams without end
     python train.py --preset minerl-400 --dry-run                         # what would be trained
@@ -27,6 +26,7 @@ import copy
 import dataclasses
 import fcntl
 import functools
+import importlib.util
 import json
 import math
 import signal
@@ -52,7 +52,6 @@ from s4d import cached_kernels
 from sample import draw, load_checkpoint, save_gif
 
 LABEL_DROPOUT = 0.1  # share of the labels that training hides: classifier-free guidance needs the unconditional network
-GRID_STEPS = 25  # of DDIM, for a look at the samples
 
 
 def train(args):
@@ -91,8 +90,7 @@ def train(args):
         compile_tails()
     forward = net if world_size == 1 else DistributedDataParallel(net, [device] if device.type == "cuda" else None)
     parameters, ema_parameters = list(net.parameters()), list(ema.parameters())
-    share_size = args.batch_size // world_size
-    share = range(rank * share_size, (rank + 1) * share_size)
+    share = range(rank * args.batch_size // world_size, (rank + 1) * args.batch_size // world_size)
     loader = batches(videos, share, args.seed, first_step, args.workers, device.type == "cuda", state.stop)
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=True if rank else None)
     step, due, losses, timer = first_step, set(), [], time.perf_counter()
@@ -179,13 +177,15 @@ def do_what_is_due(due, step, state, losses, timer):
     if "held-out" in due:
         record |= held_out_loss(state.ema, state.diffusion, state.held_out, args)
     if "fvd" in due:
-        record["fvd"] = sampled_fvd(state)
+        many = draw_samples(state.ema, state.diffusion.sample, args, args.fvd_videos)
     if "grid" in due:
-        few_steps = functools.partial(state.diffusion.sample, steps=min(GRID_STEPS, state.diffusion.T), eta=1.0)
+        few_steps = functools.partial(state.diffusion.sample, steps=min(25, state.diffusion.T), eta=1.0)  # for a look
         samples = draw_samples(state.ema, few_steps, args, args.grid_samples)
     if processes()[0] == 0:
         if "grid" in due:
             save_gif(args.out / "samples" / f"step_{step:07d}.gif", samples)
+        if "fvd" in due:
+            record["fvd"] = sampled_fvd(many, state)
         if losses:
             write_record(record, args, state.tensorboard)
         if "save" in due:
@@ -193,8 +193,7 @@ def do_what_is_due(due, step, state, losses, timer):
 
 
 def mean_and_check(losses, timer, parameters, args):
-    """Losses and gradient norms of the steps since `timer` -> their means over steps and processes, and what a step
-    takes. Raises UserError if these or the weights are not finite."""
+    """-> means over the steps since `timer` and over processes, and what a step took. Raises UserError for NaN."""
     values = sum_processes(torch.stack(losses).mean(0)) / processes()[2]                    # loss, gradient norm
     (loss, grad_norm), weights = values.tolist(), torch.stack(torch._foreach_norm(parameters)).norm().item()
     if not math.isfinite(loss + grad_norm + weights):
@@ -249,9 +248,8 @@ def draw_samples(net, sampler, args, count):
     return sum_processes(videos).numpy()
 
 
-def sampled_fvd(state):
-    """-> FVD of the first samples against as many training clips: biased upwards, as they are few; it shows a trend."""
-    fake = draw_samples(state.ema, state.diffusion.sample, state.args, state.args.fvd_videos)
+def sampled_fvd(fake, state):
+    """-> FVD of samples against as many training clips: biased upwards, as they are few; it shows a trend."""
     real = np.stack([state.videos.clip(i) for i in range(len(fake))])
     return fvd.fvd(*(fvd.i3d_features(state.i3d, videos, batch_size=1) for videos in (real, fake)))
 
@@ -273,14 +271,14 @@ def open_data(args):
 
 
 def stop_signals():
-    """-> a set, empty and so false until the first Ctrl-C, SIGTERM or SIGHUP from here on, which asks for a stop after
-    the current step; a second one of its kind interrupts at once."""
+    """-> a set, empty and so false until a Ctrl-C, SIGTERM or SIGHUP, which asks for a stop after the current step and
+    what is due after it; a second one of its kind interrupts at once."""
     received = set()
 
     def on_signal(kind, frame):
         signal.signal(kind, signal.default_int_handler)  # raises KeyboardInterrupt
         received.add(kind)
-        rank_zero_print("stopping after this step; again to stop at once", file=sys.stderr)
+        rank_zero_print("stopping after this step and what is due; again to stop at once", file=sys.stderr)
 
     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(kind) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -308,7 +306,7 @@ def save_checkpoint(step, state):
 
 
 def resume(state):
-    """Load the run's checkpoint, if there is one -> its step, or 0. Raises UserError if it is another run's."""
+    """Load the run's checkpoint, if there is one -> its step, or 0. Raises UserError if it cannot be resumed from."""
     args, path = state.args, state.args.out / "ckpt.pt"
     ckpt = load_checkpoint(path) if path.exists() else {"step": 0}
     agree(ckpt["step"], f"--out {args.out} holds different checkpoints on different machines; expected a shared folder")
@@ -392,7 +390,7 @@ MULTIPLE_OF_8 = number(int, "a multiple of 8", lambda n: n >= 8 and n % 8 == 0)
 # switches, with a --no-FLAG as well: a resumed run has its own settings otherwise.
 FLAGS = {
     "what to train": {
-        "preset": (None, "column of Table 5 or data set of the later edition (the nearest), or tiny", PRESETS),
+        "preset": (None, "column of Table 5 (the nearest), data set of the later edition, or tiny: for CPUs", PRESETS),
         "data": ("maze", "packed .npy file, folder of videos, or the embedded maze walks"),
         "split": ("train", "videos to train on; ucf101 presets: all", ("train", "test", "all")),
         "classes": (False, "class-conditional, by the data's labels: class folders, wall colours"),
@@ -435,7 +433,7 @@ FLAGS = {
         "deterministic": (False, "the same bits on a GPU, too (see README.md); slower"),
         "grad_accum": (None, "micro-batches per step of each process (chosen to fit in memory)", positive_int),
         "grad_checkpoint": (False, "recompute blocks in the backward pass (if a step does not fit otherwise)"),
-        "memory_gb": (None, "what a process may take (what is free)", positive_float)},
+        "memory_gb": (None, "GB a process may take (most of a GPU's free or a machine's memory)", positive_float)},
     "output": {
         "out": (None, "folder of the run (out/PRESET-TEMPORAL, and the flags that shape it)", Path),
         "log_every": (100, "steps between log lines", positive_int),
@@ -500,7 +498,6 @@ def parse_args(argv=None):
                if name not in MAY_CHANGE | {"preset", "temporal", "frames", "size"}]
     folder = "-".join([explicit.get("preset", nearest), temporal, *variant]).replace("_", "-").replace(" ", "-")
     out = explicit.get("out") or Path("out", folder)
-    # of a run to be resumed; if its config.json is damaged, the flags have to be given again
     given = {name: value for name, value in read_json(out / "config.json").items() if name in DEFAULTS} | explicit
     if "preset" not in given:  # only one that is asked for trains on the test videos, too
         given = {"preset": nearest, "split": "train"} | given
@@ -522,7 +519,8 @@ def parse_args(argv=None):
 
 def check_together(args):
     """Raises UserError for settings that do not go together."""
-    unused = [as_flag(name) for name in sorted(NOT_ALL_TAKE - TAKES[args.temporal]) if name in args.given]
+    unused = [as_flag(name) for name in sorted(NOT_ALL_TAKE - TAKES[args.temporal])
+              if name in args.given or name == "causal" and args.causal]
     factor = 2 ** (len(args.channel_mults) - 1)
     shares = processes()[2] * (args.grad_accum if "grad_accum" in args.given else 1)
     if unused:
@@ -533,6 +531,8 @@ def check_together(args):
         raise UserError(f"--batch-size {args.batch_size}: expected a multiple of processes x --grad-accum, {shares}")
     if args.fvd_every and args.frames < fvd.MIN_FRAMES:
         raise UserError(f"--frames {args.frames}: FVD takes {fvd.MIN_FRAMES} or more")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError("--tensorboard: pip install tensorboard")
 
 
 def unet_config(args):

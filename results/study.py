@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python results/study.py                     # trains, draws, measures, prints the tables
     python results/study.py --steps 3000 --seeds 0 1 2 3 4        # resumes what is there, and trains on
     python results/study.py --layers ssm ssm-unidirectional       # two layers; further flags go to train.py
-    python results/study.py --size 16 --fvd --samples 512         # and FVD, of networks for 16x16
+    python results/study.py --size 16 --fvd --samples 512 --out out/study16     # and FVD, of networks for 16x16
 
 Runs of one seed see the same clips, timesteps and noise whatever their layer, and all runs the same held-out clips: so
 the difference between two layers of one seed is far sharper than either. Each run is a folder OUT/LAYER/SEED and
@@ -63,7 +63,7 @@ def main():
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--layers", nargs="+", choices=LAYERS, default=[name for name in LAYERS if name != "ssm-causal"])
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="two or more")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(0 1 2); differences need two")
     add("--steps", type=positive_int, default=1000, help="of training (1000)")
     add("--samples", type=positive_int, default=32, help="videos drawn from each network (32)")
     add("--sampling-steps", type=positive_int, default=25, help="of DDIM, with eta 1 (25)")
@@ -88,7 +88,7 @@ def measure(layer, seed, flags, others, i3d):
     """Train, unless that is done -> a record for every held-out loss in the run's log; the last one also has what is
     measured on the trained network, unless it has been trained further since."""
     out = flags.out / layer / str(seed)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     train(parse_args([*NETWORK, *LAYERS[layer], "--seed", str(seed), "--steps", str(flags.steps), "--out", str(out),
                       *others]))
     for number, handler in handlers.items():  # train.py has its own
@@ -287,4 +287,4 @@ def draw_curves(records, pairs, steps, path):
 
 
 if __name__ == "__main__":
-    run("study.py", main, DataError)
+    run("study.py", main, DataError, fvd.FVDError)
