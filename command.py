@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -18,9 +19,8 @@ class UserError(ValueError):
 
 
 def run(name, main, *told):
-    """Run a script's main() and exit with the status that it returns, or with one line for what a person did wrong
-    (UserError and the classes in `told`), OSError, out of memory and Ctrl-C. Any other exception is a bug and keeps its
-    traceback."""
+    """Run a script's main() and exit with its status, or with one line for what a person did wrong (UserError, the
+    classes in `told`), OSError, out of memory and Ctrl-C. Any other exception is a bug and keeps its traceback."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold bytes that are no characters
     try:
         status = main()
@@ -125,14 +125,18 @@ def rank_zero_print(*words, **settings):
         print(*words, flush=True, **settings)
 
 
+def progress_bar(iterable, **settings):
+    """tqdm, on rank 0 alone; in a log file it prints a line a minute."""
+    return tqdm(iterable, disable=processes()[0] > 0, mininterval=0.1 if sys.stderr.isatty() else 60, **settings)
+
+
 def join_processes(backend="gloo"):
     """Connect to torchrun's other processes, if there are any; collectives wait for them for a day."""
     if processes()[2] == 1:
         return
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        # On one machine torchrun keeps its store when --max-restarts starts the processes again: they must not find
-        # each other's old addresses there. (On several machines each start has a new store; the counts may differ.)
+        # on one machine torchrun keeps its store over --max-restarts: processes must not find old addresses there
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(days=1))
 

@@ -253,14 +253,13 @@ def features_of(net, pixels, clips, about, settings, cache):
     """Features (n, 400) of the clips that `cut` found: from the cache, where a set's file is named after contents and
     settings, or computed by all processes, in whole batches: their number changes no digit."""
     import command
-    from tqdm import tqdm
     rank, _, world_size = command.processes()
     key = json.dumps([about["clips_sha256"], settings], sort_keys=True)
     command.agree(key, "the processes read different files; expected the same ones on all machines")
     path, n, size = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npy", len(clips), settings["batch_size"]
     features = command.gather(np.load(path) if rank == 0 and path.exists() else None)[0]
     if features is None:
-        starts = tqdm(range(0, n, size)[rank::world_size], f"{n} clips", unit="batch", disable=rank > 0)
+        starts = command.progress_bar(range(0, n, size)[rank::world_size], desc=f"{n} clips", unit="batch")
         shares = command.gather([i3d_features(net, pixels[clips[start:start + size]], settings["resize"],
                                               settings["range"], size).numpy() for start in starts])
         features = np.concatenate([shares[i % world_size][i // world_size] for i in range(math.ceil(n / size))])

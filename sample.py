@@ -26,18 +26,16 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, choose_precision, gather,
                      gist, join_processes, non_negative_float, non_negative_int, plural, positive_int, processes,
-                     rank_zero_first, rank_zero_print, run, zero_to_one)
+                     progress_bar, rank_zero_first, rank_zero_print, run, zero_to_one)
 from data import DataError, PackedVideos, read_json, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, with_guidance
 from model import UNet3D, UNetConfig, compile_tails
@@ -302,12 +300,11 @@ def main():
 
     # ---- the loop over batches
     denoiser = for_sampling(net, device, args.precision, args.compile)
-    bar = functools.partial(tqdm, disable=rank > 0, mininterval=0.1 if sys.stderr.isatty() else 60)  # a log's: seldom
     diffusion = Diffusion(config["diffusion_steps"], device, config["prediction"])
-    sampler = functools.partial(diffusion.sample, progress=functools.partial(bar, unit="step", leave=False),
+    sampler = functools.partial(diffusion.sample, progress=functools.partial(progress_bar, unit="step", leave=False),
                                 steps=args.sampling_steps, eta=args.eta, weight=args.condition_weight)
     with autocast(device, args.precision), cached_kernels(net, window):
-        for batch in bar(batches, unit="batch"):
+        for batch in progress_bar(batches, unit="batch"):
             generators = sample_generators(args.seed, batch, device)
             numbers = torch.tensor([classes.index(labels[i]) for i in batch], device=device) if classes else None
             guided = with_guidance(denoiser, numbers, len(classes), args.guidance) if classes else denoiser
@@ -316,7 +313,8 @@ def main():
                 with streaming(net, config["frames"]) as advance:  # as far back as it was trained: else streams drift
                     frames = diffusion.stream(guided, advance, (len(batch), 3, args.size, args.size), generators,
                                               args.sampling_steps, args.eta, x_a)
-                    frames = bar(itertools.islice(frames, args.frames), total=args.frames, unit="frame", leave=False)
+                    frames = progress_bar(itertools.islice(frames, args.frames), total=args.frames, unit="frame",
+                                          leave=False)
                     write_samples([files[i] for i in batch], (to_uint8(frame).cpu().numpy() for frame in frames))
             else:
                 videos = draw(guided, sampler, (3, args.frames, args.size, args.size), generators, x_a, given, window,

@@ -42,8 +42,8 @@ from tqdm import tqdm
 
 import fvd
 from command import (Parser, UserError, agree, atomic_write, autocast, choose_device, gather, join_processes,
-                     non_negative_int, number, plural, positive_float, positive_int, processes, rank_zero_first,
-                     rank_zero_print, run, shown, zero_to_one)
+                     non_negative_int, number, plural, positive_float, positive_int, processes, progress_bar,
+                     rank_zero_first, rank_zero_print, run, shown, zero_to_one)
 from data import DataError, batches, class_names, cpus, open_videos, read_json, to_float
 from diffusion import PREDICTIONS, Diffusion, label_dropped, sample_generators, training_noise
 from memory import fit_memory, peak_memory
@@ -237,8 +237,7 @@ def draw_samples(net, sampler, args, count):
     device, shape = next(net.parameters()).device, (args.frames, args.size, args.size)
     at_once, mine = args.batch_size // world_size // args.grad_accum, range(rank, count, world_size)
     videos = torch.zeros(count, *shape, 3, dtype=torch.uint8)
-    bar = functools.partial(tqdm, desc="sampling", unit="step", leave=False, disable=rank > 0,
-                            mininterval=0.1 if sys.stderr.isatty() else 60)  # a line a minute in a log file
+    bar = functools.partial(progress_bar, desc="sampling", unit="step", leave=False)
     sampler = functools.partial(sampler, progress=bar)
     with autocast(device, args.precision), cached_kernels(net, args.frames):
         for indices in (mine[first:first + at_once] for first in range(0, len(mine), at_once)):

@@ -30,12 +30,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fvd
-from command import Parser, positive_int, run, atomic_write
+from command import Parser, atomic_write, positive_int, progress_bar, run
 from data import DataError, read_videos, to_float, to_uint8
 from diffusion import Diffusion, sample_generators, training_noise
 from mazes import MazeVideos
@@ -133,7 +132,7 @@ def measure_network(ckpt, count, steps):
                 target = noise if diffusion.prediction == "eps" else diffusion.v(x_0, t, noise)
                 error = net(diffusion.q_sample(x_0, t, noise), t) - target
                 losses[quartile] += error.square().mean((0, 1, 3, 4)) / config["eval_clips"]
-        for first in tqdm(range(0, count, 16), f"{count} samples", unit_scale=16):
+        for first in progress_bar(range(0, count, 16), desc=f"{count} samples", unit_scale=16):
             generators = sample_generators(config["seed"], range(first, min(first + 16, count)), "cpu")
             if config.get("causal"):
                 with streaming(net, shape[1]) as advance:
