@@ -87,7 +87,7 @@ class PackedVideos:
         self.frames, self.size, self.split = frames, size, split
         self.pixels, self.all_videos = read_videos(path, size)
         if self.pixels.shape[1:3] != (size, size):
-            raise DataError(f"--size {size}: {path} holds frames of height and width {self.pixels.shape[1:3]}")
+            raise DataError(f"--size {size}: {path} holds frames of {self.pixels.shape[1:3]}; give theirs or pack anew")
         self.splits = tuple(sorted({video["split"] for video in self.all_videos}))
         chosen = [video for video in self.all_videos if split in (video["split"], "all")]
         self.videos = [video for video in chosen if video["length"] >= frames]
@@ -95,7 +95,7 @@ class PackedVideos:
         if not self.videos:
             longest = max([video["length"] for video in chosen], default=0)
             raise DataError(f"--split {split} --frames {frames}: of the videos in {path} ({' and '.join(self.splits)}) "
-                            f"{len(chosen)} are in this split, the longest with {longest} frames")
+                            f"{len(chosen)} are in this split, the longest with {longest} frames; try fewer --frames")
         self.stride = read_index(Path(self.pixels.filename)).get("stride")
         clips = np.array([video["length"] - frames + 1 for video in self.videos])
         self.num_clips = int(clips.sum())
@@ -166,7 +166,7 @@ def in_processes(function, items, workers, stop=None):
         except (EOFError, OSError):
             if stop:  # of which the worker has died, before it ignored signals
                 return
-            raise DataError(f"a worker process died at {item}; is there too little memory?") from None
+            raise DataError(f"a worker process died at {item}; if memory ran out, try fewer --workers") from None
 
 
 def work(function, items, receiver, sender, ignores_signals):

@@ -9,7 +9,7 @@ Needs torch alone. The network is an argument, never a member: any `net(x_t, t) 
 
 Glossary (Ho et al. 2020, "DDPM", arXiv 2006.11239, whose equation numbers stand below where no other paper is named)
     T           number of diffusion steps; t runs from 0 (least noise) to T - 1, the paper's 1 .. T
-    x_0, x_t    data in [-1, 1], and the same after t steps of noise; x_{-1}, after the last step of sampling, is x_0
+    x_0, x_t    data in [-1, 1], and the same after t + 1 steps of noise; x_{-1}, what sampling ends with, is x_0
     ε           the standard normal noise in x_t, which the network predicts
     v           √ᾱ_t ε - √(1 - ᾱ_t) x_0, which it may predict instead (Salimans & Ho 2022, arXiv 2202.00512)
     β_t, α_t    variance added at step t, α_t = 1 - β_t;  ᾱ_t = Π_{s≤t} α_s, and ᾱ_{-1} = 1
@@ -113,11 +113,11 @@ class Diffusion:
             deviation = self.posterior_variance[t].sqrt()
             # β̃_0 = 0: the last step adds no noise
             return mean + deviation * randn(x_t.shape, generators, x_t.device) if t > 0 else mean
-        at, before = self.alpha_bars[t], self.alpha_bars[s]                                 # ᾱ_t, ᾱ_s
-        eps = (x_t - at ** 0.5 * x_0) / (1 - at) ** 0.5                                     # the ε of x_t and x̂_0
+        bar_t, bar_s = self.alpha_bars[t], self.alpha_bars[s]                               # ᾱ_t, ᾱ_s
+        eps = (x_t - bar_t ** 0.5 * x_0) / (1 - bar_t) ** 0.5                               # the ε of x_t and x̂_0
         # Song et al., Eq. 16: σ, and Eq. 12: x_s = √ᾱ_s x_0 + √(1 - ᾱ_s - σ²) ε + σ z
-        sigma = eta * ((1 - before) / (1 - at) * (1 - at / before)) ** 0.5
-        x_s = before ** 0.5 * x_0 + max(0, 1 - before - sigma ** 2) ** 0.5 * eps
+        sigma = eta * ((1 - bar_s) / (1 - bar_t) * (1 - bar_t / bar_s)) ** 0.5
+        x_s = bar_s ** 0.5 * x_0 + max(0, 1 - bar_s - sigma ** 2) ** 0.5 * eps
         return x_s + sigma * randn(x_t.shape, generators, x_t.device) if sigma > 0 else x_s
 
     def denoise_given(self, net, x_t, t, x_a, given, weight):
@@ -156,13 +156,13 @@ class Diffusion:
             x[:, :, given] = self.q_sample(x_a, torch.full(shape[:1], self.T - 1, device=x.device), x)[:, :, given]
         for t, s in progress(times) if progress else times:
             x_0 = self.denoise(net, x, t) if known is None else self.denoise_given(net, x, t, *known, weight)
-            x_0 = x_0.clamp(-1, 1)
+            x_0 = x_0.clamp(-1, 1)  # of a given frame it is x_a: `step` gives it the forward process's noise of s
             x = self.step(x, x_0, t, s, generators, eta)
         return x
 
     @torch.no_grad()
-    def stream(self, net, advance, shape, generators=None, steps=16, eta=0.5, given=None):
-        """Draw videos a frame at a time, without end, with a causal network, by DDIM.
+    def stream(self, net, advance, shape, generators=None, steps=16, eta=0.5, x_a=None):
+        """Draw videos a frame at a time, without end, with a causal network, by DDIM (eta None: ancestral sampling).
 
             with streaming(net) as advance:                                                 # see s4d.py
                 for frame in diffusion.stream(net, advance, (b, c, h, w)): ...
@@ -170,13 +170,13 @@ class Diffusion:
         shape: (b, c, h, w), of one frame of each video.
         advance: called after each frame's last call of the network, which has seen it finished, at its lowest t.
         generators, steps, eta: as in `sample`; the first frames are the same however many are drawn.
-        given: (b, c, k, h, w), frames that the videos begin with, or None; they come out first.
+        x_a: (b, c, k, h, w), the given frames that the videos begin with, or None; they come out first.
         Yields float32 (b, c, 1, h, w) in [-1, 1]. Raises ValueError for settings that do not fit.
         """
         times, (b, c, h, w) = self.timesteps(steps, eta), shape
         for k in itertools.count():
-            if given is not None and k < given.shape[2]:
-                x = given[:, :, k:k + 1]
+            if x_a is not None and k < x_a.shape[2]:
+                x = x_a[:, :, k:k + 1]
             else:
                 x = randn((b, c, 1, h, w), generators, self.device)
                 for t, s in times:

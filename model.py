@@ -10,7 +10,7 @@ Glossary
     b, c, f, h, w   batch, channels, frames, height, width
     x, t, ε         the noised video, its diffusion step, its noise
     spatial, temporal layer   one that treats each frame, or each position (h, w), independently
-Outside the network a video is (b, c, f, h, w), inside it is (b, f, h, w, c).
+The network takes and returns (b, c, f, h, w); between its layers a video is (b, f, h, w, c).
 """
 import functools
 import math
@@ -98,7 +98,7 @@ class UNet3D(nn.Module):
         self.mid_spatial = SpatialAttention(widths[-1], config.heads)
         self.mid_temporal = make_temporal_layer(config, widths[-1])
         self.mid_res2 = ResNetBlock(widths[-1], widths[-1], time_dim, config.causal)
-        self.up = nn.ModuleList(Level(config, 2 * c_out, c_in, nn.ConvTranspose2d) for c_in, c_out in pairs[:0:-1])
+        self.up = nn.ModuleList(Level(config, 2 * deep, upper, nn.ConvTranspose2d) for upper, deep in pairs[:0:-1])
         self.up.append(Level(config, 2 * base * config.channel_mults[0], base))
         self.final_res = ResNetBlock(2 * base, base, causal=config.causal)
         self.final_conv = nn.Linear(base, config.video_channels)
@@ -110,7 +110,7 @@ class UNet3D(nn.Module):
         run = checkpointed if self.grad_checkpoint else nn.Module.__call__
         temporal_args = () if self.position_bias is None else (self.position_bias(x.shape[2]),)  # (heads, f, f)
         t = t if t.dim() == 2 else t[:, None]                                               # b 1, or b f
-        time_embedding = self.time_mlp(sinusoidal_embedding(t, self.config.base_channels).to(x.dtype))  # b 1 time_dim
+        time_embedding = self.time_mlp(sinusoidal_embedding(t, self.config.base_channels).to(x.dtype))  # b 1|f time_dim
         if self.class_embedding is not None:
             labels = torch.full_like(t[:, 0], self.config.classes) if labels is None else labels
             time_embedding = time_embedding + self.class_embedding(labels)[:, None]

@@ -13,7 +13,7 @@ Glossary                                              Shapes
     A, B, C, D   state, input, output, feedthrough        p   positions: height · width
     Δ (dt)  time step of the discretisation               d   channels of an SSM (each has its own scalar SSM)
     K       convolution kernel of the SSM                 N   state size; n = N/2 conjugate pairs are stored
-    Ā, B̄    A and B after the zero-order hold             k   SSMs that share an input: both directions
+    Ā, B̄    A and B after the zero-order hold             k   SSMs that share an input, both directions; s_k: frame k
 
 The SSM (Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models"):
     s_k = Ā s_{k-1} + B̄ u_k,    y_k = 2 Re(C s_k) + D u_k,    Ā = exp(ΔA),  B̄ = (Ā - 1)/A  (B = 1)
@@ -166,8 +166,8 @@ class S4DKernel(nn.Module):
         self.A_imag = nn.Parameter(math.pi * torch.arange(pairs).float().repeat(d, 1))
 
     def forward(self, L, *others):
-        """L: length in frames -> K (d, L), float32 under autocast too (float64 for float64 parameters); below it that
-        of the `others`, of the same state size: together they take no more operations than one."""
+        """L: length in frames -> K (d, L), float32 under autocast too (float64 for float64 parameters). Of `others`, of
+        the same state size, they are below it, and d counts theirs too: all take no more operations than one."""
         with torch.autocast(self.C.device.type, enabled=False):
             dtA, CB = self.discretised(*others)
             # With l = a·S + b, exp(ΔA l) = exp(ΔA S)^a · exp(ΔA)^b: two thin factors and a matmul over n, so that
@@ -220,7 +220,7 @@ class DiagonalSSM(nn.Module):
 
 
 class S4D(DiagonalSSM):
-    """The S4D layer, GLU(Linear(GELU(K * u + D u))): u (b, L, ..., d) -> the same shape."""
+    """The S4D layer, GLU(Linear(GELU(K * u + D u))), of u's shape; `TemporalSSM` uses its parts, not this forward."""
 
     def __init__(self, d, state_size=512, reverse=False):
         super().__init__(d, state_size, reverse)
@@ -277,7 +277,7 @@ def streaming(net, window=None):
 
 
 class Past:
-    """What an SSM remembers of the frames before frame k. Of it y_k takes one multiplication and one addition:
+    """What an SSM remembers of the frames before frame k, in a state s without the factor B̄, which C B̄ and K_0 have:
 
         y_k = K_0 u_k + p_k,    K_0 = 2 Re(C B̄) + D,    p_k = 2 Re(C B̄ Ā s_{k-1})             p_k: b 1 ... d
         s_k = Ā s_{k-1} + u_k;  with a window of W frames, - Ā^W u_{k-W}                      s_k: b 1 ... d n

@@ -74,7 +74,7 @@ def load_checkpoint(path):
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if {"step", "config", "unet", "ema"} <= ckpt.keys():
             return ckpt
-    raise UserError(f"{path} is no checkpoint of train.py, holds code, which is never run, or is damaged")
+    raise UserError(f"{path} is no checkpoint of train.py, holds code, which is never run, or is damaged; try another")
 
 
 def load_network(ckpt, device="cpu", *, weights="ema"):
@@ -215,26 +215,26 @@ def parse_args(argv=None):
     return args
 
 
-def fill_in(args, config, network):
-    """Give flags that were left out the values that go with a checkpoint's config and its network's -> `window`, the
+def fill_in(args, config, unet):
+    """Give flags that were left out the values that go with a checkpoint's config and UNetConfig -> `window`, the
     frames that the network sees at once, and `overlap`. Raises UserError for values that do not go with them."""
     args.frames, args.size = args.frames or config["frames"], args.size or config["size"]
     if args.sampler is None:
-        args.sampler = "ddim" if network.causal or args.sampling_steps or args.eta is not None else "ddpm"
+        args.sampler = "ddim" if unet.causal or args.sampling_steps or args.eta is not None else "ddpm"
     if args.sampler == "ddim":
-        steps, eta = (16, 0.5) if network.causal else (50, 0.0)
+        steps, eta = (16, 0.5) if unet.causal else (50, 0.0)
         args.sampling_steps = min(args.sampling_steps or steps, config["diffusion_steps"])
         args.eta = eta if args.eta is None else args.eta
-    divisor, classes = 2 ** (len(network.channel_mults) - 1), config["classes"] or []
+    divisor, classes = 2 ** (len(unet.channel_mults) - 1), config["classes"] or []
     if args.size % divisor:
         raise UserError(f"--size {args.size}: this network needs a size divisible by {divisor}")
     if args.label and args.label not in classes:
         raise UserError(f"--class {args.label}: this network has {', '.join(classes) or 'no classes'}")
     if args.guidance != 1 and not classes:
         raise UserError(f"--guidance {args.guidance:g} is towards a class; this network was trained without classes")
-    if network.causal and args.window:
+    if unet.causal and args.window:
         raise UserError(f"--window {args.window}: a causal network draws frame by frame; leave it out")
-    window = 1 if network.causal else args.window or args.frames
+    window = 1 if unet.causal else args.window or args.frames
     overlap = args.overlap or min(max(1, window // 4), window - 1)
     if not overlap < window <= args.frames:
         raise UserError(f"--window {window}, --overlap {overlap}: expected overlap < window <= {args.frames} frames")
@@ -292,8 +292,8 @@ def main():
                     f"{args.sampler} in {args.sampling_steps or 'all'} steps, to {out}")
 
     # ---- process r of n takes the samples r, r + n, ...; an interrupted batch is drawn again whole
-    largest, positions = (8, 2 ** 15) if device.type == "cpu" else (32, 2 ** 18)  # more are hardly faster
-    batch_size = args.batch_size or max(1, min(largest, positions // (window * args.size ** 2)))
+    largest, rows = (8, 2 ** 15) if device.type == "cpu" else (32, 2 ** 18)  # more are hardly faster
+    batch_size = args.batch_size or max(1, min(largest, rows // (window * args.size ** 2)))
     files, mine = [parts / f"{i:07d}" for i in range(args.num)], range(rank, args.num, world_size)
     batches = [mine[first:first + batch_size] for first in range(0, len(mine), batch_size)]
     batches = [batch for batch in batches if not all(files[i].exists() for i in batch)]
@@ -310,7 +310,7 @@ def main():
             guided = with_guidance(denoiser, numbers, len(classes), args.guidance) if classes else denoiser
             x_a = to_float(torch.stack([clips[i % len(clips)] for i in batch])).to(device) if given else None
             if causal:
-                with streaming(net, config["frames"]) as advance:  # as far back as it was trained: else streams drift
+                with streaming(net, config["frames"]) as advance:  # of the past about a clip counts: else streams drift
                     frames = diffusion.stream(guided, advance, (len(batch), 3, args.size, args.size), generators,
                                               args.sampling_steps, args.eta, x_a)
                     frames = progress_bar(itertools.islice(frames, args.frames), total=args.frames, unit="frame",

@@ -946,7 +946,7 @@ def test_a_run_of_older_code_resumes_but_for_the_loss_that_is_no_more(run_folder
         ckpt["config"]["loss"] = loss
         (run_folder / "config.json").write_text(json.dumps(ckpt["config"]))
         torch.save(ckpt, path)
-        with contextlib.nullcontext() if loss == "l2" else pytest.raises(UserError, match="--loss l1"):
+        with contextlib.nullcontext() if loss == "l2" else pytest.raises(UserError, match="loss l1"):
             run_train("--out", run_folder, "--steps", 5, defaults=[])
     assert read_log(run_folder)[-1]["step"] == 5
     with pytest.raises(UserError, match="--data maze ->"):  # nothing says that it is the same
@@ -962,7 +962,7 @@ def test_the_data_of_a_run_may_move_but_not_change(tmp_path):
     run_train("--data", tmp_path / "b.npy", "--steps", 2, "--out", tmp_path / "run", *NO_SAMPLES)
     assert read_log(tmp_path / "run")[-1]["step"] == 2
     (tmp_path / "other.npy").rename(tmp_path / "b.npy")
-    with pytest.raises(UserError, match="data-fingerprint"):
+    with pytest.raises(UserError, match="data_fingerprint"):
         run_train("--data", tmp_path / "b.npy", "--steps", 3, "--out", tmp_path / "run", *NO_SAMPLES)
 
 

@@ -100,16 +100,16 @@ def train(args):
         batch = None if state.stop else next(loader, None)
         if any(gather(batch is None)):
             break
-        clips, labels = batch
+        clips, names = batch
         x_0 = to_float(clips.to(device, non_blocking=device.type == "cuda"))                # share c f h w
         t, noise = training_noise(x_0.shape[1:], args.seed, step, share, diffusion.T, device, per_frame=args.causal)
         hidden = [label_dropped(LABEL_DROPOUT, args.seed, step, i) for i in share]
-        labels = label_numbers(np.where(hidden, None, labels), args.classes, device)        # share
+        labels = label_numbers(np.where(hidden, None, names), args.classes, device)         # share
 
         # ---- forward and backward in micro-batches, whose gradients add up
         loss_sum = torch.zeros((), device=device)
         parts = zip(*(tensor.chunk(args.grad_accum) for tensor in (x_0, t, noise, labels)))
-        for i, (x_0, t, noise, labels) in enumerate(parts):
+        for i, (x_0, t, noise, labels) in enumerate(parts):  # from here on those of a micro-batch
             is_last = i == args.grad_accum - 1  # in it DDP averages over processes
             denoiser = functools.partial(forward, labels=labels if args.classes else None)
             with contextlib.nullcontext() if is_last or world_size == 1 else forward.no_sync():
@@ -314,7 +314,7 @@ def resume(state):
 
     # ---- settings: the run may be older than a flag, or of a time when there were other losses
     saved, ours = DEFAULTS | ckpt["config"], state.config | {"loss": "l2"}
-    changed = {name: f"{as_flag(name)} {shown(saved[name])} -> {shown(value)}"
+    changed = {name: f"{as_flag(name) if name in DEFAULTS else name} {shown(saved[name])} -> {shown(value)}"
                for name, value in ours.items() if saved.get(name, value) != value}
     may_change = MAY_CHANGE if "data_fingerprint" in saved else MAY_CHANGE - {"data"}
     refused = [change for name, change in changed.items() if name not in may_change]
@@ -497,14 +497,14 @@ def parse_args(argv=None):
                if name not in MAY_CHANGE | {"preset", "temporal", "frames", "size"}]
     folder = "-".join([explicit.get("preset", nearest), temporal, *variant]).replace("_", "-").replace(" ", "-")
     out = explicit.get("out") or Path("out", folder)
-    given = {name: value for name, value in read_json(out / "config.json").items() if name in DEFAULTS} | explicit
-    if "preset" not in given:  # only one that is asked for trains on the test videos, too
-        given = {"preset": nearest, "split": "train"} | given
-    args = argparse.Namespace(**DEFAULTS | PRESETS[given["preset"]] | given | {"out": out, "given": sorted(explicit)})
+    chosen = {name: value for name, value in read_json(out / "config.json").items() if name in DEFAULTS} | explicit
+    if "preset" not in chosen:  # only one that is asked for trains on the test videos, too
+        chosen = {"preset": nearest, "split": "train"} | chosen
+    args = argparse.Namespace(**DEFAULTS | PRESETS[chosen["preset"]] | chosen | {"out": out, "given": sorted(explicit)})
     if args.temporal in ("gss", "mamba"):
-        args.mlp_dim = given.get("mlp_dim")  # their own defaults, not the preset's
+        args.mlp_dim = chosen.get("mlp_dim")  # their own defaults, not the preset's
     if args.ssm == "s6":
-        args.state_size = given.get("state_size", 16)
+        args.state_size = chosen.get("state_size", 16)
     args.heads = args.heads or max(1, args.base_channels // 8)
     args.time_dim = args.time_dim or 32 * args.base_channels
     args.data = args.data if args.data == "maze" else str(Path(args.data).resolve())
