@@ -31,7 +31,7 @@ def fit_memory(args, net, device):
         if not given or args.dry_run:
             clips = share // parts, net.config.video_channels, args.frames, args.size, args.size
             takes = step_memory(net, clips, device, precision, recompute)
-            about = f"{takes / 2**30:.1f} GB of {max(0, limit) / 2**30:.1f}"
+            about = f"about {takes / 2**30:.1f} GB of {max(0, limit) / 2**30:.1f}"
         if given or takes <= limit:
             break
     else:
@@ -39,7 +39,7 @@ def fit_memory(args, net, device):
     args.grad_accum, args.grad_checkpoint = parts, recompute
     return (f"global batch {args.batch_size} = {world_size} processes x {parts} micro-batches of {share // parts} clips"
             f"{', recomputing blocks' if recompute else ''}; {device.type}, {precision}"
-            f"{about and '; each process takes about ' + about}")
+            f"{f'; each process takes {about}' if about else ''}")
 
 
 def step_memory(net, shape, device, precision="float32", grad_checkpoint=False):

@@ -281,7 +281,7 @@ def main():
     # ---- NAME.npy.json says all that shapes the samples: by it the same command finds its file
     request = {key: value for key, value in vars(args).items() if key not in ("ckpt", "batch_size", "compile", "out")}
     request |= {"step": ckpt["step"], "device": device.type, "weights_sha256": digest(net.state_dict().values()),
-                "condition": args.condition and args.condition.name, "condition_sha256": digest(clips),
+                "condition": args.condition.name if args.condition else None, "condition_sha256": digest(clips),
                 "labels": labels}
     agree(request, "the processes read different checkpoints; start again once it is no longer being written")
     out, parts = rank_zero_first(functools.partial(claim_output, args, request))

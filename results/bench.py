@@ -275,7 +275,7 @@ def main():
                 curve = results.setdefault(panel, {}).setdefault((row.temporal, name), {})
                 fewer = max(curve, default=0)
                 _, *less = curve.get(fewer, (0, 0, 0))
-                _, *first = firsts.setdefault((panel, row.frames, flags.baseline and row.temporal), numbers)
+                _, *first = firsts.setdefault((panel, row.frames, row.temporal if flags.baseline else None), numbers)
                 _, *these = curve[row.frames] = numbers
                 s, g = ((b - a) / (row.frames - fewer) for a, b in zip(less, these))
                 numbers = *numbers, 1000 * s, 1024 * g, *(b / a for a, b in zip(first, these))
