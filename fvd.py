@@ -217,7 +217,7 @@ def read_package(content):
 class NumpyUnpickler(pickle.Unpickler):
     """Knows numpy's arrays and nothing else: whatever a pickle may name, it may call."""
 
-    def find_class(self, module, name):  # raises KeyError
+    def find_class(self, module, name):  # by name alone: whatever the module, it can only be one of these
         return {"_reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}[name]
 
 

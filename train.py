@@ -177,7 +177,7 @@ def do_what_is_due(due, step, state, losses, timer):
     if "held-out" in due:
         record |= held_out_loss(state.ema, state.diffusion, state.held_out, args)
     if "fvd" in due:
-        many = draw_samples(state.ema, state.diffusion.sample, args, args.fvd_videos)
+        fvd_samples = draw_samples(state.ema, state.diffusion.sample, args, args.fvd_videos)
     if "grid" in due:
         few_steps = functools.partial(state.diffusion.sample, steps=min(25, state.diffusion.T), eta=1.0)  # for a look
         samples = draw_samples(state.ema, few_steps, args, args.grid_samples)
@@ -185,7 +185,7 @@ def do_what_is_due(due, step, state, losses, timer):
         if "grid" in due:
             save_gif(args.out / "samples" / f"step_{step:07d}.gif", samples)
         if "fvd" in due:
-            record["fvd"] = sampled_fvd(many, state)
+            record["fvd"] = sampled_fvd(fvd_samples, state)
         if losses:
             write_record(record, args, state.tensorboard)
         if "save" in due:
