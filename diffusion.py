@@ -48,7 +48,6 @@ class Diffusion:
         betas = cosine_betas(T)
         alphas_cumprod = torch.cumprod(1 - betas, 0)                                        # ᾱ_t
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])     # ᾱ_{t-1}
-
         self.alpha_bars = [*alphas_cumprod.tolist(), 1.0]  # ᾱ_t as numbers; the last, at t = -1, is ᾱ_{-1}
         float32 = functools.partial(torch.Tensor.to, device=device, dtype=torch.float32)
         self.betas, self.alphas_cumprod = float32(betas), float32(alphas_cumprod)
@@ -220,10 +219,14 @@ def training_noise(shape, seed, step, indices, T, device="cpu", per_frame=False)
     """The random numbers of a training step: t (b,) uniform over the T steps, and standard normal noise (b, *shape).
 
     per_frame: t is (b, f), one for each frame of shape (c, f, h, w) ("Diffusion Forcing", Chen et al. 2024, arXiv
-    2407.01392). Row j is a function of (seed, step, indices[j]) alone, whatever the rank, worker and batch size.
+    2407.01392); in half of the rows the frames before a random one are nearly clean, as the past of a stream is. Row j
+    is a function of (seed, step, indices[j]) alone, whatever the rank, worker and batch size.
     """
     generators = [torch.Generator(device).manual_seed(key_to_seed("train", seed, step, i)) for i in indices]
     t = torch.stack([torch.randint(T, shape[1:2] if per_frame else (), generator=g, device=device) for g in generators])
+    if per_frame:
+        k = torch.stack([torch.randint(-shape[1], shape[1], (1,), generator=g, device=device) for g in generators])
+        t = torch.where(torch.arange(shape[1], device=device) < k, t // 20, t)
     return t, randn((len(indices), *shape), generators)
 
 

@@ -277,19 +277,19 @@ def streaming(net, window=None):
 
 
 class Past:
-    """What an SSM remembers of the frames before frame k, in a state s without the factor B̄, which C B̄ and K_0 have:
+    """What an SSM remembers of the frames before frame k, for its output y_k = K_0 u_k + p_k. Of all frames: a state s
+    without the factor B̄, which C B̄ has. Of the last W: sums, what they add to the next W outputs, p_{k+1} .. p_{k+W}.
 
-        y_k = K_0 u_k + p_k,    K_0 = 2 Re(C B̄) + D,    p_k = 2 Re(C B̄ Ā s_{k-1})             p_k: b 1 ... d
-        s_k = Ā s_{k-1} + u_k;  with a window of W frames, - Ā^W u_{k-W}                      s_k: b 1 ... d n
+        p_k = 2 Re(C B̄ Ā s_{k-1}),    s_k = Ā s_{k-1} + u_k                                   s_k: b 1 ... d n
+        p_k = Σ_{j=1..W} K_j u_{k-j}                                                          sums: W b·1·... d
     """
 
     @torch.no_grad()
     def __init__(self, ssm, window):
         dtA, CB = ssm.kernel.discretised()                                                  # d n
-        self.A_bar, self.A_bar_W, self.CBA = dtA.exp(), (dtA * (window or 0)).exp(), CB * dtA.exp()
-        self.K_0 = CB.real.sum(-1) + at_least_float32(ssm.D)                                # d
-        self.s, self.p = 0, 0
-        self.inputs = [torch.zeros_like(self.K_0)] * (window or 0)  # the last ones, of a window
+        K = ssm.impulse_response(1 + (window or 0))[0]                                      # d 1+W
+        self.K_0, self.K, self.A_bar, self.CBA = K[:, 0], K[:, 1:].T[:, None], dtA.exp(), CB * dtA.exp()
+        self.window, self.s, self.sums, self.p = window, torch.zeros_like(CB), torch.zeros_like(self.K), 0
 
     def step(self, u):
         if u.shape[1] != 1:
@@ -299,11 +299,13 @@ class Past:
 
     @torch.no_grad()
     def advance(self):
-        self.s = self.A_bar * self.s + self.u[..., None]
-        if self.inputs:
-            self.inputs.append(self.u)
-            self.s -= self.A_bar_W * self.inputs.pop(0)[..., None]
-        self.p = torch.einsum("...dn,dn->...d", self.s, self.CBA).real
+        if self.window:
+            rows = self.u.reshape(-1, self.u.shape[-1])                                     # b·1·... d
+            self.sums = torch.addcmul(F.pad(self.sums[1:], (0, 0, 0, 0, 0, 1)), self.K, rows)
+            self.p = self.sums[0].view_as(self.u)
+        else:
+            self.s = self.s.expand(*self.u.shape, -1).contiguous().mul_(self.A_bar).add_(self.u[..., None])
+            self.p = (self.s * self.CBA).sum(-1).real
 
 
 def toeplitz_conv(u, K, reverse):

@@ -223,7 +223,7 @@ def held_out_loss(net, diffusion, videos, args):
             x_0 = to_float(torch.from_numpy(clip)).to(device)                               # c f h w
             labels = label_numbers([label], args.classes, device) if args.classes else None
             for quartile in range(4):
-                t, noise = training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T, per_frame=args.causal)
+                t, noise = training_noise(x_0.shape, "held-out", quartile, [i], diffusion.T)
                 t, noise = ((quartile * diffusion.T + t) // 4).to(device), noise.to(device)
                 losses[i, quartile] = diffusion.loss(functools.partial(net, labels=labels), x_0[None], t, noise)
     quartiles = sum_processes(losses).mean(0).tolist()

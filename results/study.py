@@ -4,6 +4,7 @@
     python results/study.py --steps 3000 --seeds 0 1 2 3 4        # resumes what is there, and trains on
     python results/study.py --layers ssm ssm-unidirectional       # two layers; further flags go to train.py
     python results/study.py --size 16 --fvd --samples 512 --out out/study16     # and FVD, of networks for 16x16
+    python results/study.py --streams s.npy --out out/study16     # what sample.py drew as streams of 16x16, by age
 
 Runs of one seed see the same clips, timesteps and noise whatever their layer, and all runs the same held-out clips: so
 the difference between two layers of one seed is far sharper than either. Each run is a folder OUT/LAYER/SEED and
@@ -68,9 +69,12 @@ def main():
     add("--sampling-steps", type=positive_int, default=25, help="of DDIM, with eta 1 (25)")
     add("--fvd", action="store_true", help="FVD, too; wants 512 samples, and the weights that fvd.py asks for")
     add("--disturbed", type=positive_int, help="FVD of so many mazes, disturbed in several ways, too")
+    add("--streams", type=Path, help="only this: FVD of clips that begin at frames 0, 64, ... of the streams in a .npy")
     add("--out", type=Path, default=Path("out/study"))
     flags, others = parser.parse_known_args()
-    i3d = fvd.load_i3d() if flags.fvd or flags.disturbed else None
+    i3d = fvd.load_i3d() if flags.fvd or flags.disturbed or flags.streams else None
+    if flags.streams:
+        return report_fvd(stream_clips(flags.streams), flags.streams.stem, flags, i3d)
     records = []
     for seed in flags.seeds:
         for layer in flags.layers:
@@ -80,7 +84,7 @@ def main():
     config = load_checkpoint(flags.out / flags.layers[0] / str(flags.seeds[0]) / "ckpt.pt")["config"]
     report(records, flags, config)
     if flags.disturbed:
-        report_disturbed(flags, config, i3d)
+        report_fvd(disturbed_mazes(config, flags.disturbed), f"mazes-{flags.disturbed}", flags, i3d)
 
 
 def measure(layer, seed, flags, others, i3d):
@@ -110,7 +114,8 @@ def measure(layer, seed, flags, others, i3d):
     if path.exists():
         records[-1] |= json.loads(path.read_text())
     if flags.fvd and samples.exists():
-        records[-1]["fvd"] = fvd.fvd(mazes_features(i3d, flags, ckpt["config"]), features(i3d, samples))
+        real = mazes_features(i3d, flags.out, ckpt["config"]["frames"], ckpt["config"]["size"])
+        records[-1]["fvd"] = fvd.fvd(real, features(i3d, samples))
     return records
 
 
@@ -153,9 +158,9 @@ def unexplained(videos):
     return np.min(shifted, 0).mean((0, 2, 3))
 
 
-def held_out_mazes(config, count, key=1):
+def held_out_mazes(frames, size, count, key=1):
     """-> uint8 (count, f, h, w, 3), other walks for another key."""
-    mazes = MazeVideos(config["frames"], config["size"], "test")
+    mazes = MazeVideos(frames, size, "test")
     return np.stack([mazes.clip(key, i) for i in range(count)])
 
 
@@ -170,8 +175,8 @@ def features(i3d, path, videos=None):
     return fvd.features_of(i3d, pixels, *fvd.cut(pixels, found, "fake", found[0]["length"]), settings, path.parent)
 
 
-def mazes_features(i3d, flags, config):
-    return features(i3d, flags.out / f"mazes-{MAZES}.npy", held_out_mazes(config, MAZES))
+def mazes_features(i3d, out, frames, size):
+    return features(i3d, out / f"mazes-{MAZES}.npy", held_out_mazes(frames, size, MAZES))
 
 
 def paired(records, pair, step, value):
@@ -209,7 +214,7 @@ def report(records, flags, config):
     rows(trained, flags.steps, lambda record: [np.mean(record["frames"][quartile - 1][PLACES[place]])
                                                for quartile, place in places], "")
 
-    real = held_out_mazes(config, 128)
+    real = held_out_mazes(config["frames"], config["size"], 128)
     print(f"\n| | unexplained, of 255 |\n|---|---|\n| mazes | {unexplained(real).mean():.2f} |\n"
           f"| their frames shuffled | {unexplained(shuffled(real)).mean():.2f} |")
     for layer in flags.layers:
@@ -251,20 +256,33 @@ def blurred(videos):
     return videos.astype(np.uint8)
 
 
-def report_disturbed(flags, config, i3d):
-    """What FVD sees, as a table: other mazes than the held-out ones, as they are and disturbed, against those."""
-    mazes = held_out_mazes(config, flags.disturbed, key=2)
+def disturbed_mazes(config, count):
+    """-> {name: uint8 (count, f, h, w, 3)}, other mazes than the held-out ones, as they are and disturbed."""
+    mazes = held_out_mazes(config["frames"], config["size"], count, key=2)
     between = mazes.copy()
     between[:, 1::2] = np.roll(mazes, 1, 0)[:, 1::2]
-    disturbed = {"as they are": mazes, "backwards": mazes[:, ::-1], "frames shuffled": shuffled(mazes),
-                 "every other frame from another": between,
-                 **{f"noise of {std} grey levels": noisy(mazes, std) for std in (2, 5, 10)},
-                 "blurred by 1 2 1": blurred(mazes)}
-    print(f"\n| {len(mazes)} mazes against {MAZES} others | FVD | unexplained, of 255 |\n|---|---|---|")
-    for name, videos in disturbed.items():
-        path = flags.out / f"mazes-{len(mazes)}-{name.replace(' ', '-')}.npy"
-        distance = fvd.fvd(mazes_features(i3d, flags, config), features(i3d, path, videos))
-        print(f"| {name} | {distance:.1f} | {unexplained(videos).mean():.2f} |", flush=True)
+    return {"as they are": mazes, "backwards": mazes[:, ::-1], "frames shuffled": shuffled(mazes),
+            "every other frame from another": between,
+            **{f"noise of {std} grey levels": noisy(mazes, std) for std in (2, 5, 10)},
+            "blurred by 1 2 1": blurred(mazes)}
+
+
+def stream_clips(path):
+    """-> {name: uint8 (n, 16, h, w, 3)}, clips of the n streams in a .npy file by their age, and as many mazes."""
+    streams = np.load(path, mmap_mode="r")
+    ages = [k for k in (0, 64, 256, 1024, 4096) if k + 16 <= streams.shape[1]]
+    return {"mazes": held_out_mazes(16, streams.shape[2], len(streams), key=2),
+            **{f"frames {k} to {k + 15}": streams[:, k:k + 16] for k in ages}}
+
+
+def report_fvd(videos, stem, flags, i3d):
+    """FVD of {name: uint8 (n, f, h, w, 3)} against the held-out mazes, and what else there is to say, as a table."""
+    print(f"\n| {stem} against {MAZES} mazes | FVD | unexplained, of 255 | red, green, blue |\n|---|---|---|---|")
+    for name, clips in videos.items():
+        path = flags.out / f"{stem}-{name.replace(' ', '-')}.npy"
+        distance = fvd.fvd(mazes_features(i3d, flags.out, *clips.shape[1:3]), features(i3d, path, clips))
+        colour = ", ".join(f"{mean:.0f}" for mean in clips.mean((0, 1, 2, 3)))
+        print(f"| {name} | {distance:.1f} | {unexplained(clips).mean():.2f} | {colour} |", flush=True)
 
 
 def draw_curves(records, pairs, steps, path):
