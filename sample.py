@@ -310,7 +310,8 @@ def main():
             guided = with_guidance(denoiser, numbers, len(classes), args.guidance) if classes else denoiser
             x_a = to_float(torch.stack([clips[i % len(clips)] for i in batch])).to(device) if given else None
             if causal:
-                with streaming(net, config["frames"]) as advance:  # of the past about a clip counts: else streams drift
+                # of the past half a clip counts, as on average in training: with more of it streams drift
+                with streaming(net, (config["frames"] + 1) // 2) as advance:
                     frames = diffusion.stream(guided, advance, (len(batch), 3, args.size, args.size), generators,
                                               args.sampling_steps, args.eta, x_a)
                     frames = progress_bar(itertools.islice(frames, args.frames), total=args.frames, unit="frame",

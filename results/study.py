@@ -45,7 +45,7 @@ from train import parse_args, train
 
 LAYERS = {"ssm": ["--temporal", "ssm"],
           "ssm-unidirectional": ["--temporal", "ssm", "--unidirectional"],
-          "ssm-causal": ["--temporal", "ssm", "--causal"],  # its samples are streams; its held-out loss is another
+          "ssm-causal": ["--temporal", "ssm", "--causal"],  # its samples are streams
           "ssm-mlp-layers-0": ["--temporal", "ssm", "--mlp-layers", "0"],
           "attention": ["--temporal", "attention"],
           "linear-attention": ["--temporal", "linear-attention"],
@@ -129,7 +129,7 @@ def measure_network(ckpt, count, steps):
     settings = {"steps": min(steps, diffusion.T), "eta": 1}
     losses, samples = torch.zeros(4, shape[1]), []
     with cached_kernels(net, shape[1]):
-        for i in range(config["eval_clips"]):  # as in train.held_out_loss, but always one t for all frames
+        for i in range(config["eval_clips"]):  # as in train.held_out_loss, but by frame
             x_0 = to_float(torch.from_numpy(videos.clip(i)))[None]
             for quartile in range(4):
                 t, noise = training_noise(x_0.shape[1:], "held-out", quartile, [i], diffusion.T)
@@ -242,11 +242,6 @@ def shuffled(videos):
     return np.take_along_axis(videos, order[:, :, None, None, None], 1)
 
 
-def noisy(videos, grey_levels):
-    noise = np.random.default_rng(0).normal(0, grey_levels, videos.shape)
-    return (videos + noise).round().clip(0, 255).astype(np.uint8)
-
-
 def blurred(videos):
     """By the weights 1 2 1 along height and width."""
     for axis in (2, 3):
@@ -261,9 +256,11 @@ def disturbed_mazes(config, count):
     mazes = held_out_mazes(config["frames"], config["size"], count, key=2)
     between = mazes.copy()
     between[:, 1::2] = np.roll(mazes, 1, 0)[:, 1::2]
+    noise = np.random.default_rng(0).normal(size=mazes.shape)
     return {"as they are": mazes, "backwards": mazes[:, ::-1], "frames shuffled": shuffled(mazes),
             "every other frame from another": between,
-            **{f"noise of {std} grey levels": noisy(mazes, std) for std in (2, 5, 10)},
+            **{f"noise of {std} grey levels": (mazes + std * noise).round().clip(0, 255).astype(np.uint8)
+               for std in (2, 5, 10)},
             "blurred by 1 2 1": blurred(mazes)}
 
 
