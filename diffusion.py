@@ -203,9 +203,7 @@ def with_guidance(net, labels, null, guidance=1.0):
 
 
 def key_to_seed(*key):
-    """A 64-bit seed from a tuple of integers and strings; keys that differ give unrelated seeds.
-    (PyTorch's CPU generator uses 32 of the bits: among 50,000 keys, one pair in three tries shares them.)
-    """
+    """A 64-bit seed from a tuple of integers and strings; keys that differ give unrelated seeds."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little", signed=True)
 
 

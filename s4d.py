@@ -279,7 +279,6 @@ def streaming(net, window=None):
 class Past:
     """What an SSM remembers of the frames before frame k, for its output y_k = K_0 u_k + p_k. Of all frames: a state s
     without the factor B̄, which C B̄ has. Of the last W: sums, what they add to the next W outputs, p_{k+1} .. p_{k+W}.
-
         p_k = 2 Re(C B̄ Ā s_{k-1}),    s_k = Ā s_{k-1} + u_k                                   s_k: b 1 ... d n
         p_k = Σ_{j=1..W} K_j u_{k-j}                                                          sums: W b·1·... d
     """
@@ -332,7 +331,6 @@ def transposed(x):
 
 def fft_conv(u, K, reverse):
     """The same by FFT along the frames; the one FFT of u serves all kernels. -> list of k (b, L, p, d).
-
     Never in half precision: cuFFT takes only powers of two there, and 200 or 400 frames are none.
     """
     b, L, p, d = u.shape
