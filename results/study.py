@@ -7,8 +7,8 @@
     python results/study.py --streams s.npy --out out/study16     # what sample.py drew as streams of 16x16, by age
 
 Runs of one seed see the same clips, timesteps and noise whatever their layer, and all runs the same held-out clips: so
-the difference between two layers of one seed is far sharper than either. Each run is a folder OUT/LAYER/SEED and resumes
-when the same command is given again. The numbers behind the tables are in OUT/study.jsonl, curves in OUT/study.png.
+the difference between two layers of one seed is far sharper than either. Each run is a folder OUT/LAYER/SEED and
+resumes when the same command is given again. The tables' numbers are in OUT/study.jsonl, curves in OUT/study.png.
 
 Glossary
     difference        a layer's number minus that of the other layer of the pair with the same seed, in per cent of the
