@@ -222,7 +222,7 @@ def training_noise(shape, seed, step, indices, T, device="cpu", per_frame=False)
     """
     generators = [torch.Generator(device).manual_seed(key_to_seed("train", seed, step, i)) for i in indices]
     t = torch.stack([torch.randint(T, shape[1:2] if per_frame else (), generator=g, device=device) for g in generators])
-    if per_frame:
+    if per_frame:  # in half of the rows k <= 0, and no frame is before it
         k = torch.stack([torch.randint(-shape[1], shape[1], (1,), generator=g, device=device) for g in generators])
         t = torch.where(torch.arange(shape[1], device=device) < k, t // 20, t)
     return t, randn((len(indices), *shape), generators)

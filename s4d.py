@@ -277,8 +277,8 @@ def streaming(net, window=None):
 
 
 class Past:
-    """What an SSM remembers of the frames before frame k, for its output y_k = K_0 u_k + p_k. Of all frames: a state s
-    without the factor B̄, which C B̄ has. Of the last W: sums, what they add to the next W outputs, p_{k+1} .. p_{k+W}.
+    """What an SSM remembers of the frames before frame k, for its output y_k = K_0 u_k + p_k: of all of them a state s,
+    without the factor B̄, which C B̄ has; of the last W what they add to later outputs, sums p_{k+1} .. p_{k+W}.
         p_k = 2 Re(C B̄ Ā s_{k-1}),    s_k = Ā s_{k-1} + u_k                                   s_k: b 1 ... d n
         p_k = Σ_{j=1..W} K_j u_{k-j}                                                          sums: W b·1·... d
     """
@@ -302,7 +302,7 @@ class Past:
             rows = self.u.reshape(-1, self.u.shape[-1])                                     # b·1·... d
             self.sums = torch.addcmul(F.pad(self.sums[1:], (0, 0, 0, 0, 0, 1)), self.K, rows)
             self.p = self.sums[0].view_as(self.u)
-        else:
+        else:  # in place, once it has the shape that u gives it: a new tensor costs more time than the arithmetic
             self.s = self.s.expand(*self.u.shape, -1).contiguous().mul_(self.A_bar).add_(self.u[..., None])
             self.p = (self.s * self.CBA).sum(-1).real
 

@@ -11,8 +11,7 @@ the difference between two layers of one seed is far sharper than either. Each r
 resumes when the same command is given again. The tables' numbers are in OUT/study.jsonl, curves in OUT/study.png.
 
 Glossary
-    difference        a layer's number minus that of the other layer of the pair with the same seed, in per cent of the
-                      latter
+    difference        a layer's number minus that of the pair's other layer, of one seed, in per cent of the latter
     quartile          of the diffusion step t: the first is nearly clean, the last nearly noise
     ±                 the standard error of a mean over seeds
     unexplained       of a frame, what is nowhere near the same place in the frame before, in grey levels of 255: the
@@ -164,9 +163,9 @@ def held_out_mazes(frames, size, count, key=1):
 
 
 def features(i3d, path, videos=None):
-    """I3D's features (n, 400) of uint8 videos (n, f, h, w, 3) in the file at `path`, which is written from `videos` if
-    it is not there; cached beside it, where `fvd.py --cache` finds them."""
-    if not path.exists():
+    """I3D's features (n, 400) of uint8 videos (n, f, h, w, 3), of those in the file at `path` if they are not given,
+    else written to it; cached beside it by what they show, where `fvd.py --cache` finds them."""
+    if videos is not None:
         with atomic_write(path) as file:
             np.save(file, videos)
     pixels, found = read_videos(path)
@@ -274,9 +273,9 @@ def stream_clips(path):
 def report_fvd(videos, stem, flags, i3d):
     """FVD of {name: uint8 (n, f, h, w, 3)} against the held-out mazes, and what else there is to say, as a table."""
     print(f"\n| {stem} against {MAZES} mazes | FVD | unexplained, of 255 | red, green, blue |\n|---|---|---|---|")
+    real = mazes_features(i3d, flags.out, *next(iter(videos.values())).shape[1:3])
     for name, clips in videos.items():
-        path = flags.out / f"{stem}-{name.replace(' ', '-')}.npy"
-        distance = fvd.fvd(mazes_features(i3d, flags.out, *clips.shape[1:3]), features(i3d, path, clips))
+        distance = fvd.fvd(real, features(i3d, flags.out / f"{stem}-{name.replace(' ', '-')}.npy", clips))
         colour = ", ".join(f"{mean:.0f}" for mean in clips.mean((0, 1, 2, 3)))
         print(f"| {name} | {distance:.1f} | {unexplained(clips).mean():.2f} | {colour} |", flush=True)
 
